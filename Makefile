@@ -1,0 +1,37 @@
+# `make` or `make help` lists what can be made.
+PYTHON ?= .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-all lint figures notebook page clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install:  ## make .venv with all that running, building and testing need
+	python3 -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt -r requirements-dev.txt
+
+run:  ## run the whole document
+	$(PYTHON) annotated_bigs.py
+
+test:  ## doctests and fast tests
+	$(PYTHON) -m pytest --doctest-modules
+
+test-all:  ## every test, slow ones too
+	$(PYTHON) -m pytest --doctest-modules --slow
+
+lint:  ## ruff
+	$(PYTHON) -m ruff check
+
+figures:  ## redraw figures/
+	$(PYTHON) annotated_bigs.py figures
+
+notebook:  ## execute annotated_bigs.py into annotated_bigs.ipynb
+	$(PYTHON) page/notebook.py
+
+page:  ## render the notebook as page/index.html
+	$(PYTHON) page/build.py
+
+clean:  ## remove caches and the built page
+	rm -rf .pytest_cache .ruff_cache .ipynb_checkpoints page/index.html
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

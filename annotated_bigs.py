@@ -1,0 +1,3467 @@
+# %% [markdown]
+# # The Annotated BiGS
+#
+# *Pretraining Without Attention*, by Junxiong Wang, Jing Nathan Yan, Albert Gu and Alexander M. Rush
+# ([paper](https://arxiv.org/abs/2212.10544), [the authors' code](https://github.com/jxiw/BiGS)),
+# as one program that can be read, run, tested and trained.
+#
+# Can a language model learn to fill in missing words without ever comparing two words with each
+# other? BERT compares all pairs. The model of this document, the *Bidirectional Gated State space
+# model* (BiGS), compares none. Each of its layers slides one fixed curve over the sentence from the
+# left and another from the right, and multiplies the two results. The curves are the same for every
+# sentence and every channel; only the multiplication depends on the words. The authors report that
+# this is enough: pretrained on as much text, BiGS reaches the average score of BERT-Large on the
+# GLUE test set.
+#
+# Everything the layer knows about word order is therefore a picture, two curves a layer. This is
+# the picture for a small model that the document itself trains, on English found on your disk, in
+# a few minutes:
+#
+# ![Two columns of small filled step plots, one row a layer: kernels at step 0 on the left, after pretraining on the right, over relative positions -10 to 10](figures/kernels.png)
+#
+# *How far each layer looks to the left and to the right, before training and after. Drawn by
+# `kernels_figure` in [room 14](#14-looking-at-kernels).*
+
+# %% [markdown]
+# ## 0. How to read this
+#
+# What does it take to follow? Matrices, complex numbers, and having once trained a neural network.
+# State spaces are built up from nothing. Read top to bottom it is an evening's blog post. Run, it is the experiment:
+#
+# | where | what it does | time |
+# |---|---|---|
+# | any laptop, `python annotated_bigs.py` | everything below with a `tiny` model, offline | about 7 minutes on two cores |
+# | Colab, TPU v5e | the same, and a `base` model on Wikipedia | a quarter of an hour more |
+# | a TPU v3-8 | the paper's run, `python annotated_bigs.py pretrain --size large` | about three days, by the authors' account |
+#
+# The rooms build on each other; none uses a name of a later one.
+#
+# - The mathematics: [symbols](#1-symbols-and-shapes), [state spaces](#3-state-spaces),
+#   [diagonal state spaces and their kernels](#4-diagonal-state-spaces),
+#   [the convolution four ways](#5-convolution-four-ways).
+# - The model: [gating](#6-gating), [encoder and heads](#7-the-encoder-and-its-heads),
+#   [published weights](#8-the-published-weights).
+# - Training: [text](#9-from-text-to-masked-batches), [loss and optimizer](#10-loss-schedule-optimizer),
+#   [one step on many chips](#11-one-step-on-many-chips), [pretraining](#12-pretraining),
+#   [fine-tuning](#13-fine-tuning).
+# - What came out: [the kernels](#14-looking-at-kernels), [the command line](#15-the-command-line),
+#   [results, deviations, exercises](#16-results).
+#
+# Three habits of the text. A code span that states an equation or an inequality is true, and a test
+# evaluates it: `parameters(large) == 346314134`. Every function carries a small proof in its
+# docstring, run by `pytest --doctest-modules`. And where paper, published code and this program
+# part ways, the text says so on the spot. Quotation marks hold the paper's words; all else is ours.
+#
+# The first cell prepares Colab. Anywhere else it does nothing.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = ""  # the public address, "https://github.com/OWNER/NAME"; empty: not published yet
+
+
+if "google.colab" in sys.modules:
+    wanted = {"jaxtyping": "jaxtyping", "tyro": "tyro", "datasets": "datasets", "orbax": "orbax-checkpoint"}
+    missing = [package for name, package in wanted.items() if importlib.util.find_spec(name) is None]
+    if missing:  # what the image carries is left as it is
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
+    if not REPOSITORY:
+        print("This repository has no public address yet: only the embedded demonstration can run.")
+        Path("data").mkdir(exist_ok=True)
+    elif not Path("data").exists():
+        subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"], check=True)
+        os.chdir("repository")
+
+# %% [markdown]
+# ## 1. Symbols and shapes
+#
+# Which letter is which? Mathematics keeps the paper's letters, the code spells them in ASCII.
+#
+# | letter | meaning | shape | in the code |
+# |---|---|---|---|
+# | $L$, $d$ | tokens in a sequence, channels of a token | | `L`, `d` |
+# | $N$ | states of one SSM; 64 throughout | | `N` |
+# | $u_k,\ y_k$ | input and output of an SSM at token $k$ | $(L, d)$ | `u`, `y` |
+# | $x_k$ | state after token $k$ | $(N, d)$ | `x` |
+# | $A, B, C, D$ | the state space: evolve, write, read, pass through | $(N,N), (N), (N), ()$ | `A`, `B`, `C`, `D` |
+# | $\Delta$ | step: how much time one token lasts | $()$ | `dt` |
+# | $\bar A, \bar B$ | the same state space in steps of one token | $(N,N), (N)$ | `A_bar`, `B_bar` |
+# | $K$ | kernel: what one token leaves behind, by age | $(L)$ | `K` |
+# | $T$ | the kernel as a matrix, $T_{ij} = K_{i-j}$ | $(L, L)$ | `T` |
+# | $W_v, W_f, W_b, W_{u_1}, W_{u_2}, W_u, W_o$ | dense layers of a BiGS layer | $d$ or $3d$ each way | `W_v` ... `W_o` |
+#
+# One sequence of shape $(L, d)$ comes first. The batch enters in [room 6](#6-gating), and it will
+# enter as more channels, because all channels share one SSM. In the encoder an array is
+# *time first*: $(L, \text{batch}, d)$.
+
+# %% [markdown]
+# ## 2. Tools
+#
+# What do we stand on? JAX for arrays and derivatives, Flax for modules, Optax for the optimizer.
+# Libraries that only one room needs are imported there, which keeps `import annotated_bigs` quick.
+
+# %%
+import ast
+import functools
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
+
+# %% [markdown]
+# A cell marked `example` runs when the document is read: in a notebook, or as a script without
+# arguments. On import, and under a command such as `python annotated_bigs.py figures`, it only
+# defines itself. The last cell of the document lists how long each example took.
+
+# %%
+START = time.perf_counter()
+IN_NOTEBOOK = "get_ipython" in globals()
+READING = __name__ == "__main__" and (IN_NOTEBOOK or len(sys.argv) == 1)
+
+
+def example(function: Callable) -> Callable:
+    """Run `function` now if the document is being read, and remember how long it took.
+
+    >>> @example
+    ... def greeting(): print("only in a notebook or a script")
+    >>> greeting.seconds is None
+    True
+    """
+    function.seconds = None
+    if READING:
+        start = time.perf_counter()
+        function()
+        function.seconds = time.perf_counter() - start
+    return function
+
+
+AnyArray = Array | np.ndarray  # what a function of an array accepts
+
+
+# %% [markdown]
+# What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
+# the place and the remedy, and the command line turns it into one line.
+
+# %%
+class UserError(ValueError):
+    """A mistake of the user, told in one line: file, line or field, what was found, and what to do.
+
+    >>> issubclass(UserError, ValueError)
+    True
+    """
+
+
+# %% [markdown]
+# A figure is a function without arguments that returns a drawing. `figure` gives it a name, a caption
+# and words for those who cannot see it; `show` writes it to `figures/` and, in a notebook, displays
+# it. Other results are written beside it: measured numbers to `data/`, trained models to `runs/`.
+
+# %%
+HERE = Path(globals().get("__file__", "annotated_bigs.py")).parent
+FIGURES, DATA, RUNS = HERE / "figures", HERE / "data", HERE / "runs"
+RESULTS = DATA / "tiny.json"  # what the demonstration measures
+INK, RED, BLUE, GREY = "#222222", "#c0392b", "#2e6da4", "#9a9a9a"
+
+
+def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callable]:
+    """Mark a function as a figure: a file name, a description, and the finding it shows.
+
+    >>> figure(name="dot", alt="a dot", caption="A dot.")(lambda: None).name
+    'dot'
+    """
+    def mark(draw: Callable) -> Callable:
+        draw.name, draw.alt, draw.caption = name, alt, caption
+        return draw
+    return mark
+
+
+# %% [markdown]
+# Drawings use no window and no global state, so they come out the same everywhere.
+
+# %%
+def show(draw: Callable, folder: Path = FIGURES) -> Path:
+    """Draw one figure, write it as a PNG named after it, and display it with its caption.
+
+    >>> import tempfile
+    >>> dot = figure(name="dot", alt="a dot", caption="A dot.")(lambda: canvas()[0])
+    >>> show(dot, Path(tempfile.mkdtemp())).name  # doctest: +ELLIPSIS
+    dot.png: A dot.
+    'dot.png'
+    """
+    path = folder / f"{draw.name}.png"
+    path.parent.mkdir(exist_ok=True)
+    draw().savefig(path, dpi=130)
+    if IN_NOTEBOOK:
+        from IPython.display import Image, Markdown, display
+        words = {"alt": draw.alt, "caption": draw.caption}
+        display(Image(filename=str(path), metadata=words), Markdown(f"*{draw.caption}*"))
+    else:
+        print(f"{path.name}: {draw.caption}")
+    return path
+
+
+def canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options):
+    """An empty drawing and its axes, without a window and without global state.
+
+    >>> canvas(1, 2)[1].shape
+    (2,)
+    """
+    from matplotlib.figure import Figure
+    drawing = Figure(figsize=size, layout="constrained")
+    axes = drawing.subplots(rows, columns, **options)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+    return drawing, axes
+
+
+# %% [markdown]
+# A number in this text was measured, and the file that holds it says how: on what, with which versions, when.
+
+# %%
+def circumstances() -> dict[str, str]:
+    """Under which circumstances a number was measured.
+
+    >>> sorted(circumstances())[:2]
+    ['command', 'date']
+    """
+    import importlib.metadata
+    import platform
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "transformers")}
+    return {"date": time.strftime("%Y-%m-%d"), "command": "python annotated_bigs.py",
+            "hardware": f"{os.cpu_count()} x {platform.machine()}, {jax.devices()[0].device_kind}",
+            "versions": ", ".join(f"{p} {v}" for p, v in versions.items()) + f", Python {platform.python_version()}"}
+
+
+def keep_results(file: Path, **values: Any) -> None:
+    """Add measured values to a JSON file, with their circumstances, replacing the file as a whole.
+
+    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "found.json"
+    >>> keep_results(file, length=2.5); keep_results(file, width=1.0)
+    >>> sorted(json.loads(file.read_text()))
+    ['length', 'measured', 'width']
+    """
+    known = json.loads(file.read_text()) if file.exists() else {}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(known | values | {"measured": circumstances()}, indent=1))
+    part.replace(file)
+
+
+# %% [markdown]
+# The next function is for the CPU. A training step needs some hundred megabytes of scratch memory. The C library
+# returns such buffers to the operating system after every step and gets them back page by page, in the middle of
+# the computation; told to keep them, in one arena for all threads, it makes the steps of this document
+# faster by half. The settings only work before JAX starts its threads, so
+# the document makes them here, and a command before anything else; importing never does.
+
+# %%
+def keep_memory() -> None:
+    """Ask glibc to keep what is freed: one arena, no memory maps below 1 GiB, no trimming. Elsewhere, nothing.
+
+    >>> keep_memory()
+    """
+    import ctypes
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        for option, value in ((-8, 1), (-3, 1 << 30), (-1, (1 << 31) - 1)):
+            library.mallopt(option, value)
+
+
+# %% [markdown]
+# Which device is this? A TPU runtime in Colab can silently fall back to the CPU, where a long run
+# would take days, so we ask before anything starts.
+
+# %%
+@example
+def which_device():
+    keep_memory()
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
+    wanted = any(name.startswith(("COLAB_TPU", "TPU_ACCELERATOR")) for name in os.environ)
+    if wanted and jax.default_backend() == "cpu":
+        print("WARNING: this is a TPU runtime, but JAX found only the CPU. Restart the runtime.")
+    if REPOSITORY and IN_NOTEBOOK:
+        from IPython.display import Markdown, display
+        address = REPOSITORY.replace("github.com", "colab.research.google.com/github", 1)
+        badge = "https://colab.research.google.com/assets/colab-badge.svg"
+        display(Markdown(f"[![Open in Colab]({badge})]({address}/blob/main/annotated_bigs.ipynb)"))
+
+# %% [markdown]
+# The tools are quiet and few. From here on every line is about the model.
+
+# %% [markdown]
+# ## 3. State spaces
+#
+# How can a layer remember without comparing? By carrying a summary along. A *state space* is the
+# oldest way to describe such a summary: a vector $x(t)$ that changes by itself and is pushed by an
+# input $u(t)$,
+#
+# $$ x'(t) = A\,x(t) + B\,u(t), \qquad y(t) = C\,x(t) + D\,u(t). \tag{1} $$
+#
+# $A$ says how the summary evolves when left alone, $B$ how the input is written into it, $C$ how an
+# answer is read out of it. $D$ lets the input through unchanged. A weight on a spring with friction
+# is a state space of two numbers, its place and its speed; the input is a hand that pulls.
+#
+# Text comes in steps. Let a token last for a time $\Delta$, and hold its input constant for that
+# long. Then (1) can be solved exactly from one token to the next. This is the *zero-order hold*:
+#
+# $$ x_k = \bar A\,x_{k-1} + \bar B\,u_k, \qquad
+#    \bar A = e^{\Delta A}, \qquad \bar B = A^{-1}(e^{\Delta A} - I)\,B. \tag{2} $$
+#
+# The inverse in (2) is an inconvenience, not a condition: the integral that it stands for exists for
+# every $A$. One matrix exponential gives $\bar A$ and $\bar B$ together, by letting the input be
+# part of the state, a part that never changes.
+
+# %%
+def discretize(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
+               ) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
+    """Zero-order hold: exp(dt [[A, B], [0, 0]]) = [[A_bar, B_bar], [0, 1]], equation (2).
+
+    A state that leaks at rate 1 keeps exp(-dt) of itself and takes in the rest:
+
+    >>> A_bar, B_bar = discretize(-np.eye(1), np.ones(1), 0.5)
+    >>> bool(jnp.allclose(A_bar, jnp.exp(-0.5))), bool(jnp.allclose(A_bar[0] + B_bar, 1))
+    (True, True)
+
+    A singular A is no special case. A summing state adds up input times duration:
+
+    >>> A_bar, B_bar = discretize(np.zeros((1, 1)), np.ones(1), 0.5)
+    >>> A_bar.item(), B_bar.item()
+    (1.0, 0.5)
+    """
+    N = A.shape[0]
+    block = jnp.zeros((N + 1, N + 1), jnp.result_type(A, B)).at[:N, :N].set(A).at[:N, N].set(B)
+    step = jax.scipy.linalg.expm(dt * block)
+    return step[:N, :N], step[:N, N]
+
+
+# %% [markdown]
+# The older S4 papers use the *bilinear* rule instead, which replaces the exponential by a fraction:
+#
+# $$ \bar A = \left(I - \tfrac{\Delta}{2} A\right)^{-1}\left(I + \tfrac{\Delta}{2} A\right), \qquad
+#    \bar B = \left(I - \tfrac{\Delta}{2} A\right)^{-1} \Delta B. \tag{3} $$
+
+# %%
+def discretize_bilinear(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
+                        ) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
+    """The bilinear rule, equation (3): a fraction in place of the exponential.
+
+    It agrees with the zero-order hold up to dt**3, so halving dt divides the gap by eight:
+
+    >>> gap = lambda dt: float(abs(discretize_bilinear(-np.eye(1), np.ones(1), dt)[0] - np.exp(-dt)).max())
+    >>> round(gap(0.1) / gap(0.05))
+    8
+    """
+    left = jnp.eye(A.shape[0]) - dt / 2 * A
+    return (jnp.linalg.solve(left, jnp.eye(A.shape[0]) + dt / 2 * A), jnp.linalg.solve(left, dt * B))
+
+
+# %% [markdown]
+# With either pair, running the state space is a loop: evolve, write, read. All $d$ channels of a
+# token go through the same $\bar A, \bar B, C$, each with a state of its own.
+
+# %%
+def ssm_scan(A_bar: Inexact[AnyArray, "N N"], B_bar: Inexact[AnyArray, " N"],
+             C: Inexact[AnyArray, " N"], u: Float[AnyArray, "L d"]) -> Float[Array, "L d"]:
+    """The recurrence x_k = A_bar x_{k-1} + B_bar u_k, y_k = Re(C x_k), equation (2).
+
+    A memory that halves at every step turns one impulse into a fade:
+
+    >>> half, one = np.full((1, 1), 0.5), np.ones(1)
+    >>> ssm_scan(half, one, one, np.eye(4)[:, :1])[:, 0].tolist()
+    [1.0, 0.5, 0.25, 0.125]
+
+    An output never depends on later inputs: change the last input, and only the last output moves.
+
+    >>> u = np.ones((4, 1)); v = u.copy(); v[3] = 7
+    >>> (ssm_scan(half, one, one, u) == ssm_scan(half, one, one, v))[:, 0].tolist()
+    [True, True, True, False]
+    """
+    def step(x, u_k):
+        x = A_bar @ x + B_bar[:, None] * u_k
+        return x, (C @ x).real
+    x = jnp.zeros((A_bar.shape[0], u.shape[1]), jnp.result_type(A_bar, B_bar))
+    return jax.lax.scan(step, x, jnp.asarray(u))[1]
+
+
+# %% [markdown]
+# Which rule is right? For a token, whose input really is constant while it lasts, the zero-order
+# hold makes no error at all: only rounding remains, however long the step. The bilinear rule is off
+# by an amount that shrinks with the square of the step. If instead the input is a smooth signal that
+# we merely sample at the end of each step, neither knows what happened in between, and both are off
+# by an amount proportional to $\Delta$. `discretization_error` measures all four.
+
+# %%
+SPRING = np.array([[0.0, 1.0], [-4.0, -0.6]]), np.array([0.0, 4.0]), np.array([1.0, 0.0])
+
+
+def spring_response(rule: Callable, dt: float, seconds: float, signal: Callable) -> np.ndarray:
+    """Place of the weight after each step of dt seconds, for an input sampled at the steps' ends.
+
+    >>> bool(abs(spring_response(discretize, 0.5, 40.0, np.ones_like)[-1] - 1) < 1e-3)  # it comes to rest
+    True
+    """
+    A, B, C = SPRING
+    u = signal(dt * np.arange(1, round(seconds / dt) + 1))[:, None]
+    return np.asarray(ssm_scan(*rule(A, B, dt), C, u)[:, 0])
+
+
+def spring_exact(t: np.ndarray, omega: float) -> np.ndarray:
+    """Place at time t, from rest, under the input cos(omega t), by linear algebra in float64.
+
+    >>> bool(abs(spring_exact(np.zeros(1), 1.0)) < 1e-12)
+    True
+    """
+    A, B, C = SPRING
+    poles, modes = np.linalg.eig(A)
+    write, read = np.linalg.solve(modes, B.astype(complex)), C @ modes
+    forced = lambda w: (np.exp(1j * w * t) - np.exp(np.outer(poles, t))) / (1j * w - poles)[:, None]
+    return ((read * write) @ (forced(omega) + forced(-omega))).real / 2
+
+
+# %% [markdown]
+# The order of convergence is the slope of the error against the step, both on logarithmic axes. It
+# is measured, not assumed: the figure prints the slope that it finds.
+
+# %%
+def discretization_error(rule: Callable, dt: float, omega: float) -> float:
+    """Largest error over four seconds, in units of the weight's place; omega = 0 is a held input.
+
+    >>> discretization_error(discretize, 0.5, 0.0) < 1e-5
+    True
+    >>> error = functools.partial(discretization_error, discretize_bilinear, omega=0.0)
+    >>> 3.8 < error(0.1) / error(0.05) < 4.2
+    True
+    """
+    y = spring_response(rule, dt, 4.0, lambda t: np.cos(omega * t))
+    return float(np.abs(y - spring_exact(dt * np.arange(1, len(y) + 1), omega)).max())
+
+
+def order(rule: Callable, omega: float, steps: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)) -> float:
+    """The measured order of convergence: the slope of log error against log step.
+
+    >>> round(order(discretize, 1.0)), round(order(discretize_bilinear, 1.0))
+    (1, 1)
+    """
+    errors = [discretization_error(rule, dt, omega) for dt in steps]
+    return float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+# %% [markdown]
+# Drawn, the four cases look like this.
+
+# %%
+@figure(name="discretization",
+        alt="Left: a damped oscillation with dots of the zero-order hold on the curve and dots of the bilinear rule "
+            "beside it. Right: errors against step size on logarithmic axes.",
+        caption="A pulled spring in steps of 0.4 s. While the input is held, the zero-order hold (red) lies on the "
+                "exact solution and the bilinear rule (blue) does not. Right: its error falls with the square of the "
+                "step; for a sampled smooth input both rules are of first order. Drawn by discretization_figure.")
+def discretization_figure():
+    drawing, (left, right) = canvas(1, 2, (9, 3.2))
+    t = np.linspace(0, 6, 400)
+    left.plot(t, spring_exact(t, 0.0), color=INK, lw=1, label="exact")
+    steps = np.array([0.4, 0.2, 0.1, 0.05, 0.025])
+    for rule, color, label in ((discretize, RED, "zero-order hold"), (discretize_bilinear, BLUE, "bilinear")):
+        y = spring_response(rule, 0.4, 6.0, np.ones_like)
+        left.plot(0.4 * np.arange(1, 16), y, "o", ms=4, color=color, label=label)
+        for omega, style in ((0.0, "o-"), (1.0, "s--")):
+            errors = [discretization_error(rule, dt, omega) for dt in steps]
+            words = "held" if omega == 0 else "sampled"
+            slope = "rounding" if max(errors) < 1e-4 else f"order {order(rule, omega):.1f}"
+            right.loglog(steps, errors, style, subs=[1], ms=4, color=color, label=f"{label}, {words}: {slope}")
+    left.set(xlabel="seconds", ylabel="place of the weight")
+    right.set(xlabel="step in seconds", ylabel="largest error", xticks=steps, xticklabels=steps)
+    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7)
+    return drawing
+
+
+@example
+def draw_discretization():
+    show(discretization_figure)
+
+# %% [markdown]
+# BiGS takes the zero-order hold. We now have a memory that can be stepped through a sentence
+# exactly. Two things stand in the way of using it: $A$ is a full matrix, and the loop is slow.
+# The next room removes the first, the one after it the second.
+
+# %% [markdown]
+# ## 4. Diagonal state spaces
+#
+# What can a state remember if its parts never mix? Change the basis of the state so that $A$ becomes
+# diagonal, with complex entries $A_n$. Each of the $N$ parts then lives alone: it is multiplied by
+# $e^{\Delta A_n}$ at every token, which shrinks it (by the real part of $A_n$) and turns it in the
+# complex plane (by the imaginary part). A diagonal state can only fade and turn.
+#
+# S4D, the variant that BiGS uses, makes it this simple from the start. $B$ is fixed to ones, because a change
+# of scale in $B$ can be undone in $C$. An SSM is then four things: poles, read-out, step, and $D$.
+
+# %%
+class DiagonalSSM(NamedTuple):
+    """One state space for all channels: poles A, read-out C (B is 1), step dt, pass-through D.
+
+    >>> DiagonalSSM(A=jnp.array([-1.0 + 0j]), C=jnp.array([1.0 + 0j]), dt=jnp.array(0.5)).D
+    0.0
+    """
+    A: Complex[AnyArray, " N"]
+    C: Complex[AnyArray, " N"]
+    dt: Float[AnyArray, ""]
+    D: Float[AnyArray, ""] | float = 0.0
+
+
+def discretize_diagonal(ssm: DiagonalSSM) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
+    """Equation (2) part by part: A_bar = exp(dt A), B_bar = (exp(dt A) - 1) / A.
+
+    >>> ssm = DiagonalSSM(np.array([-1.0 + 2j, -3.0 + 0j]), np.ones(2) + 0j, np.array(0.1))
+    >>> (A_bar, B_bar), (full, written) = discretize_diagonal(ssm), discretize(np.diag(ssm.A), np.ones(2), 0.1)
+    >>> bool(jnp.allclose(A_bar, jnp.diag(full))), bool(jnp.allclose(B_bar, written))
+    (True, True)
+    """
+    A_bar = jnp.exp(ssm.dt * ssm.A)
+    return A_bar, (A_bar - 1) / ssm.A
+
+
+# %% [markdown]
+# What does one token leave behind? It writes $\bar B_n$ into part $n$; $l$ tokens later that has
+# become $\bar A_n^{\,l} \bar B_n$; reading gives the *kernel*, the answer to a single impulse:
+#
+# $$ K_l = \operatorname{Re} \sum_{n=1}^{N} C_n\, \bar B_n\, \bar A_n^{\,l}
+#        = \operatorname{Re} \sum_{n=1}^{N} C_n\, \frac{e^{\Delta A_n} - 1}{A_n}\, e^{l \Delta A_n}. \tag{4} $$
+#
+# Each pole sets one rate of fading and one frequency. The kernel is a sum of such fades, weighted by $C$.
+
+# %%
+def ssm_kernel(ssm: DiagonalSSM, L: int) -> Float[Array, " L"]:
+    """The kernel K_l = Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), equation (4).
+
+    A single pole is a single fade, by the same factor at every step:
+
+    >>> K = ssm_kernel(DiagonalSSM(np.array([-1.0 + 0j]), np.ones(1) + 0j, np.array(0.5)), 6)
+    >>> bool(jnp.allclose(K[1:] / K[:-1], jnp.exp(-0.5)))
+    True
+
+    It is the recurrence's answer to an impulse:
+
+    >>> ssm = DiagonalSSM(np.array([-0.5 + 1j, -0.5 + 3j]), np.array([1 + 1j, 2.0]), np.array(0.2))
+    >>> A_bar, B_bar = discretize_diagonal(ssm)
+    >>> y = ssm_scan(jnp.diag(A_bar), B_bar, ssm.C, np.eye(8)[:, :1])[:, 0]
+    >>> bool(jnp.allclose(ssm_kernel(ssm, 8), y, atol=1e-5))
+    True
+    """
+    _, B_bar = discretize_diagonal(ssm)
+    fades = jnp.exp((ssm.dt * ssm.A)[:, None] * jnp.arange(L))
+    return ((ssm.C * B_bar)[:, None] * fades).sum(0).real
+
+
+# %% [markdown]
+# Five hand-picked poles show how such a sum comes to have a shape.
+
+# %%
+@figure(name="fades",
+        alt="Five thin decaying oscillations in grey and, drawn thick in red, their sum.",
+        caption="Five poles, five fades (grey), and the kernel that they add up to (red). Slow poles make its long "
+                "tail, fast ones the shape of its first tokens. Drawn by fades_figure.")
+def fades_figure():
+    drawing, ax = canvas(size=(8, 2.8))
+    A = np.array([-0.2, -0.5 + 1.2j, -0.5 + 3j, -1.5 + 5j, -4 + 9j])
+    C = np.array([0.5, 0.7, 0.6j, 1.5, 6.0 + 0j])
+    for n in range(len(A)):
+        one = DiagonalSSM(A[n:n + 1].astype(complex), C[n:n + 1], np.array(0.1))
+        ax.plot(ssm_kernel(one, 64), color=GREY, lw=1, label="one fade" if n == 0 else None)
+    ax.plot(ssm_kernel(DiagonalSSM(A, C, np.array(0.1)), 64), color=RED, lw=2, label="kernel: their sum")
+    ax.set(xlabel="age of a token", ylabel="what is left of it")
+    ax.legend(frameon=False)
+    return drawing
+
+
+@example
+def draw_fades():
+    show(fades_figure)
+
+# %% [markdown]
+# ### Where the poles start
+#
+# Which rates should an untrained memory have? HiPPO answers with an optimal one: the state that
+# stores, at every moment, the best polynomial approximation of all the past. Its matrix (the variant called LegS) is
+#
+# $$ A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k. \end{cases} \tag{5} $$
+#
+# This matrix cannot be diagonalized stably, but it is a normal matrix minus one of rank one, and the
+# normal part can. With $p_n = \sqrt{n + 1/2}$, the matrix $A + p\,p^\top$ is $-\tfrac12 I$ plus an antisymmetric
+# matrix. Its eigenvalues all have real part $-\tfrac12$; their imaginary parts spread from slow to very fast.
+
+# %%
+def hippo(N: int) -> Float[np.ndarray, "N N"]:
+    """HiPPO-LegS, equation (5).
+
+    >>> hippo(2).round(3).tolist()
+    [[-1.0, 0.0], [-1.732, -2.0]]
+    """
+    root = np.sqrt(1 + 2 * np.arange(N))
+    return -np.tril(root[:, None] * root) + np.diag(np.arange(N))
+
+
+def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
+    """Eigenvalues of HiPPO's normal part, sorted by frequency; float64 NumPy, on any device.
+
+    >>> A = s4d_hippo(64)
+    >>> bool(np.all(A.real == -0.5)), round(float(A.imag.max()))
+    (True, 1303)
+    """
+    p = np.sqrt(np.arange(N) + 0.5)
+    antisymmetric = hippo(N) + np.outer(p, p) + 0.5 * np.eye(N)
+    return -0.5 + 1j * np.linalg.eigvalsh(-1j * antisymmetric)
+
+
+# %% [markdown]
+# Two closed formulas imitate that spectrum: *lin* with evenly spaced frequencies, *inv* with HiPPO's
+# law that few poles are fast and many are slow. In both, $n = 0, \dots, N-1$:
+#
+# $$ A_n^{\text{lin}} = -\tfrac12 + i \pi n, \qquad
+#    A_n^{\text{inv}} = -\tfrac12 + i\, \frac{N}{\pi}\left(\frac{N}{2n+1} - 1\right). \tag{6} $$
+
+# %%
+def s4d_lin(N: int) -> Complex[np.ndarray, " N"]:
+    """S4D-Lin, equation (6): a Fourier basis under a fade.
+
+    >>> bool(np.allclose(np.diff(s4d_lin(5).imag), np.pi))
+    True
+    """
+    return -0.5 + 1j * np.pi * np.arange(N)
+
+
+def s4d_inv(N: int) -> Complex[np.ndarray, " N"]:
+    """S4D-Inv, equation (6). Its fastest pole nearly agrees with HiPPO's:
+
+    >>> bool(abs(s4d_inv(64).imag.max() / s4d_hippo(64).imag.max() - 1) < 0.05)
+    True
+    """
+    return -0.5 + 1j * N / np.pi * (N / (2 * np.arange(N) + 1) - 1)
+
+
+SCALINGS = {"hippo": s4d_hippo, "lin": s4d_lin, "inv": s4d_inv}  # the published config's names
+
+# %% [markdown]
+# A learned SSM needs five arrays: real and imaginary parts of poles, of read-outs, and a logarithm
+# so that the step stays positive. The authors keep $\operatorname{Re} A_n \le -10^{-4}$ by clipping,
+# so that no state can grow, draw $\Delta$ log-uniformly between 0.01 and 1, and start $C$ from a
+# complex normal of variance one. They do not pair each pole with its conjugate; taking the real part
+# of the sum in (4) is enough. One direction of one layer has `4 * 64 + 2 == 258` parameters.
+
+# %%
+class SSM(nnx.Module):
+    """Parameters of one diagonal SSM with N states, stored as the published checkpoints store them.
+
+    >>> ssm = SSM(64, "hippo", nnx.Rngs(0))
+    >>> sum(x.size for x in jax.tree.leaves(nnx.state(ssm)))
+    258
+    """
+
+    def __init__(self, N: int, scaling: str, rngs: nnx.Rngs):
+        if scaling not in SCALINGS:
+            raise UserError(f"scaling: {scaling!r} is unknown; choose one of {', '.join(SCALINGS)}")
+        A = SCALINGS[scaling](N)
+        self.A_re = nnx.Param(jnp.asarray(A.real, jnp.float32))
+        self.A_im = nnx.Param(jnp.asarray(A.imag, jnp.float32))
+        self.C = nnx.Param(np.sqrt(0.5) * jax.random.normal(rngs.params(), (N, 2)))
+        self.D = nnx.Param(jnp.ones(1))
+        low, high = np.log(0.01), np.log(1.0)
+        self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (1,), minval=low, maxval=high))
+
+    def diagonal(self) -> DiagonalSSM:
+        """The complex SSM, its poles clipped to fade: Re A <= -1e-4."""
+        A = jnp.minimum(self.A_re[...], -1e-4) + 1j * self.A_im[...]
+        C = self.C[..., 0] + 1j * self.C[..., 1]
+        return DiagonalSSM(A, C, jnp.exp(self.log_step[0]), self.D[0])
+
+
+# %% [markdown]
+# The three sets of poles, as curves:
+
+# %%
+@figure(name="bases",
+        alt="Three panels of decaying oscillations for HiPPO, lin and inv: lin has evenly spaced frequencies, the "
+            "others crowd at low ones.",
+        caption="The six slowest basis functions of each initialization (of 64), over a hundred tokens at step 0.05. "
+                "All fade at the same rate at the start; only frequencies differ. Drawn by bases_figure.")
+def bases_figure():
+    drawing, axes = canvas(1, 3, (9, 2.6), sharey=True)
+    for ax, (name, poles) in zip(axes, SCALINGS.items(), strict=True):
+        A = poles(64)
+        slowest = A[A.imag >= 0][np.argsort(A[A.imag >= 0].imag)][:6]
+        for n, pole in enumerate(slowest):
+            ax.plot(np.exp(pole * 0.05 * np.arange(100)).real, lw=1, color=INK, alpha=1 - n / 7)
+        ax.set(title=name, xlabel="age of a token")
+    return drawing
+
+
+@example
+def draw_bases():
+    show(bases_figure)
+
+# %% [markdown]
+# So a diagonal state space is a kernel: a curve of length $L$ described by a few hundred numbers,
+# however long the text. The state itself has dropped out of (4). What is left to do with the kernel
+# is to slide it over the sentence.
+
+# %% [markdown]
+# ## 5. Convolution four ways
+#
+# How fast can a curve slide over a sentence? Unrolling the recurrence from an empty state gives the
+# output as a sum over everything that came before,
+#
+# $$ y_i = \sum_{j \le i} K_{i-j}\,u_j. \tag{7} $$
+#
+# That is a convolution, and all its terms can be computed at once. The forward SSM of BiGS is (7) as
+# it stands. The backward SSM reads the sentence from its end, and with its own kernel gives
+# $y_i = \sum_{j \ge i} K_{j-i}\,u_j$. We write this room's functions once for the past and mark the
+# other direction by `past=False`.
+
+# %%
+def reverse_unless(past: bool, u: AnyArray) -> AnyArray:
+    """The sentence as it stands, or from its end to its start (axis -2).
+
+    >>> reverse_unless(False, np.array([[1], [2]])).tolist()
+    [[2], [1]]
+    """
+    return u if past else u[..., ::-1, :]
+
+
+def convolve_direct(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+                    ) -> Float[Array, "*batch L d"]:
+    """Equation (7) as it is written, one lag after another; the oracle for the others.
+
+    The answer to an impulse is the kernel. Backward, it lies before the impulse:
+
+    >>> K, impulse = np.array([4.0, 2.0, 1.0]), np.eye(3)[:, 1:2]
+    >>> convolve_direct(impulse, K)[:, 0].tolist(), convolve_direct(impulse, K, past=False)[:, 0].tolist()
+    ([0.0, 4.0, 2.0], [2.0, 4.0, 0.0])
+    """
+    u, K, L = jnp.asarray(reverse_unless(past, u)), jnp.asarray(K), u.shape[-2]
+    lag = lambda l: jnp.roll(u, l, axis=-2) * (jnp.arange(L) >= l)[:, None]
+    y = jax.lax.fori_loop(0, L, lambda l, y: y + K[l] * lag(l), jnp.zeros_like(u))
+    return reverse_unless(past, y)
+
+
+# %% [markdown]
+# **By Fourier transform.** The published model, like all of S4's descendants before it, multiplies
+# spectra. Padding to twice the length keeps the end of the sentence from wrapping around to its
+# start. The cost is of order $L \log L$ a channel instead of $L^2$.
+
+# %%
+def convolve_fft(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+                 ) -> Float[Array, "*batch L d"]:
+    """Equation (7) as a product of spectra of length 2L, in float32.
+
+    It adds nothing but rounding:
+
+    >>> u, K = np.cos(np.arange(40.0)).reshape(20, 2), 0.9 ** np.arange(20)
+    >>> bool(jnp.allclose(convolve_fft(u, K), convolve_direct(u, K), atol=1e-5))
+    True
+    """
+    L, x = u.shape[-2], jnp.asarray(reverse_unless(past, u), jnp.float32)
+    spectrum = jnp.fft.rfft(x, 2 * L, axis=-2) * jnp.fft.rfft(K, 2 * L)[:, None]
+    y = jnp.fft.irfft(spectrum, 2 * L, axis=-2)[..., :L, :]
+    return reverse_unless(past, y).astype(jnp.asarray(u).dtype)
+
+
+# %% [markdown]
+# **As a matrix.** Equation (7) is also the product with a triangular matrix, $T_{ij} = K_{i-j}$, whose diagonals
+# are constant: a *Toeplitz matrix*. One SSM serves all channels, so this one small matrix serves
+# every channel of every sentence in the batch. Where the FFT makes thousands of short transforms,
+# this makes a single matrix product, the one thing that every accelerator is built for. At
+# $L = 128$ that matrix is small beside the dense layers around it, whose width is 1024.
+#
+# Row $i$ of the matrix is row $0$ moved by $i$ places. Repeating a vector of length $2L$ and cutting
+# the result into rows of length $2L - 1$ moves each row by one: a matrix without any indexing.
+
+# %%
+def toeplitz(K: Float[AnyArray, " L"], past: bool = True) -> Float[Array, "L L"]:
+    """The matrix T with T[i, j] = K[i - j] on and below the diagonal; its mirror image for the future.
+
+    >>> toeplitz(np.array([1.0, 2.0, 3.0])).tolist()
+    [[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
+    >>> bool((toeplitz(np.arange(5.0), past=False) == toeplitz(np.arange(5.0)).T).all())
+    True
+    """
+    L = K.shape[0]
+    row = jnp.concatenate([K, jnp.zeros_like(K)])
+    T = jnp.tile(row, L)[:L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L]
+    return T.T if past else T
+
+
+def convolve_toeplitz(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+                      ) -> Float[Array, "*batch L d"]:
+    """Equation (7) as one matrix product, T u. No data is reversed: the future is T transposed.
+
+    >>> u, K = np.cos(np.arange(40.0)).reshape(20, 2), 0.9 ** np.arange(20)
+    >>> bool(jnp.allclose(convolve_toeplitz(u, K), convolve_direct(u, K), atol=1e-5))
+    True
+    """
+    u = jnp.asarray(u)
+    return toeplitz(K, past).astype(u.dtype) @ u
+
+
+# %% [markdown]
+# The figure shows the two matrices of one layer. The forward kernel fills the lower triangle, the
+# backward kernel the upper one, and both touch the diagonal. They are drawn side by side because the
+# layer never adds them: each makes an output of its own, and the next room multiplies the two.
+
+# %%
+@figure(name="triangles",
+        alt="Two square matrices with constant diagonals: the first filled below the diagonal, the second above it.",
+        caption="A forward kernel as a lower triangle, a backward kernel as an upper one (48 tokens, fresh SSMs). Row "
+                "i shows where token i reads. The layer multiplies what the two produce; it never adds the triangles. "
+                "Drawn by triangles_figure.")
+def triangles_figure():
+    drawing, axes = canvas(1, 2, (8, 3.8))
+    for seed, past, title, ax in ((3, True, "forward: reads the past", axes[0]),
+                                  (8, False, "backward: reads the future", axes[1])):
+        T = np.asarray(toeplitz(ssm_kernel(SSM(64, "hippo", nnx.Rngs(seed)).diagonal(), 48), past))
+        scale = np.abs(T).max()
+        ax.imshow(T, cmap="RdBu_r", vmin=-scale, vmax=scale)
+        ax.set(title=title, xlabel="token that is read, $j$", ylabel="token that reads, $i$")
+    return drawing
+
+
+@example
+def draw_triangles():
+    show(triangles_figure)
+
+# %% [markdown]
+# **In blocks.** The matrix grows with $L^2$, so at thousands of tokens it needs help. Cut it into
+# blocks of $Q$ tokens. On the diagonal stand small Toeplitz matrices, all the same. A block below
+# the diagonal connects tokens of two different blocks, and everything that passes between them has
+# to fit through the state, which holds $N$ numbers: such a block has rank $N$ at most. With $h_c$
+# the state on entering block $c$,
+#
+# $$ y_{cQ+i} = \sum_{j \le i} K_{i-j}\,u_{cQ+j} + \operatorname{Re} \sum_n C_n \bar A_n^{\,i+1} h_{c,n},
+#    \qquad h_{c+1} = \bar A^{\,Q} h_c + \sum_j \bar A^{\,Q-1-j} \bar B\,u_{cQ+j}. \tag{8} $$
+#
+# The first sum is (7) inside a block, the second is what the past left behind. The work is linear
+# in $L$, all of it matrix products of width $d$, and only $Q$ samples of the kernel are ever computed. The
+# papers on state-space duality split time-varying systems in the same way.
+# Backward, (8) is read with the blocks and the tokens inside them in reverse.
+
+# %%
+def convolve_blocks(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, block: int = 256,
+                    past: bool = True) -> Float[Array, "*batch L d"]:
+    """Equation (8): Toeplitz products inside blocks, the state between them; linear in L.
+
+    It equals the full convolution, whether or not the block divides the length:
+
+    >>> ssm, u = SSM(64, "lin", nnx.Rngs(1)).diagonal(), np.cos(np.arange(60.0)).reshape(30, 2)
+    >>> full = convolve_direct(u, ssm_kernel(ssm, 30))
+    >>> [bool(jnp.allclose(convolve_blocks(u, ssm, Q), full, atol=1e-4)) for Q in (7, 10, 64)]
+    [True, True, True]
+    """
+    u, (*batch, L, d) = jnp.asarray(u), u.shape
+    Q, (_, B_bar) = min(block, L), discretize_diagonal(ssm)
+    blocks = -(-L // Q)
+    padding = [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]
+    x = jnp.pad(reverse_unless(past, u), padding).reshape(*batch, blocks, Q, d)
+    powers = jnp.exp((ssm.dt * ssm.A)[:, None] * jnp.arange(Q + 1))
+    written = jnp.einsum("nj,...cjd->c...nd", B_bar[:, None] * powers[:, Q - 1::-1], x)
+    carry = lambda h, w: (powers[:, Q, None] * h + w, h)
+    _, h = jax.lax.scan(carry, jnp.zeros_like(written[0]), written)
+    left = jnp.einsum("ni,c...nd->...cid", ssm.C[:, None] * powers[:, 1:], h).real
+    y = toeplitz(ssm_kernel(ssm, Q)).astype(u.dtype) @ x + left.astype(u.dtype)
+    return reverse_unless(past, y.reshape(*batch, blocks * Q, d)[..., :L, :])
+
+
+# %% [markdown]
+# Which one to take? `convolve` decides by length: the matrix while it is small, blocks beyond 512
+# tokens ([the appendix](#appendix-b-how-close-to-the-hardware) times all three on this machine). The FFT stays as the paper's algorithm, the direct sum as the oracle. Lag 0 also
+# carries the pass-through $D$ of (1), so adding $D$ to $K_0$ gives it for nothing.
+
+# %%
+def convolve(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, past: bool = True,
+             algorithm: str = "auto") -> Float[Array, "*batch L d"]:
+    """K * u + D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512 tokens, then blocks.
+
+    >>> ssm, u = SSM(64, "inv", nnx.Rngs(2)).diagonal(), np.sin(np.arange(80.0)).reshape(40, 2)
+    >>> ways = [convolve(u, ssm, False, a) for a in ("auto", "fft", "blocks")]
+    >>> bool(jnp.allclose(ways[0], ways[1], atol=1e-4)), bool(jnp.allclose(ways[0], ways[2], atol=1e-4))
+    (True, True)
+    """
+    u, L = jnp.asarray(u), u.shape[-2]
+    if algorithm == "auto":
+        algorithm = "toeplitz" if L <= 512 else "blocks"
+    if algorithm == "blocks":
+        return convolve_blocks(u, ssm, past=past) + jnp.asarray(ssm.D, u.dtype) * u
+    ways = {"toeplitz": convolve_toeplitz, "fft": convolve_fft}
+    if algorithm not in ways:
+        raise UserError(f"convolution: {algorithm!r} is unknown; choose auto, fft, toeplitz or blocks")
+    return ways[algorithm](u, ssm_kernel(ssm, L).at[0].add(ssm.D), past)
+
+
+# %% [markdown]
+# A kernel can now be slid over a sentence in whichever way the hardware prefers, with the same
+# result. Nothing so far depends on what the sentence says. That is the next room's business.
+
+# %% [markdown]
+# ## 6. Gating
+#
+# How does a model without comparisons react to what it reads? A convolution is linear and the same
+# for every input. If a layer only stacked convolutions and dense layers, the word "not" could never
+# change what is gathered around it. BiGS lets two streams meet by multiplication: a channel of the
+# one can switch a channel of the other on or off, token by token.
+#
+# For a sequence $X$, with $g$ the GELU function and $\text{SSM}_f, \text{SSM}_b$ the forward and
+# backward convolutions, the paper's layer is
+#
+# $$ \begin{aligned}
+#    V &= g(W_v X) & \text{shape } (L, 3d) \\
+#    U_1 &= W_{u_1}\,\text{SSM}_f(g(W_f X)) & (L, d) \\
+#    U_2 &= W_{u_2}\,\text{SSM}_b(g(W_b X)) & (L, d) \\
+#    U &= g(W_u (U_1 \otimes U_2)) & (L, 3d) \\
+#    O &= W_o (U \otimes V) & (L, d)
+#    \end{aligned} \tag{9} $$
+#
+# Two products decide. In $U_1 \otimes U_2$ what was gathered from the left meets what was gathered
+# from the right. In $U \otimes V$ the result meets the token itself. The code normalizes $X$ first
+# and adds $O$ to $X$ at the end; the paper's equations leave both out, its published weights do not.
+#
+# Two tools before the layer. All dense layers work on a matrix of tokens, never on a three-dimensional
+# array: for the latter a CPU's compiler plans a batch of small products instead of one large one.
+# [Room 11](#11-one-step-on-many-chips) measures what remains of the step beside its products.
+
+# %%
+gelu = functools.partial(jax.nn.gelu, approximate=True)   # in the layers
+gelu_exact = functools.partial(jax.nn.gelu, approximate=False)  # in the masked-LM head, and in BERT
+
+
+class Dense(nnx.Linear):
+    """x W + b over the last axis, as one product of a (tokens, channels) matrix.
+
+    >>> Dense(3, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3))).shape
+    (2, 4, 5)
+    """
+
+    def __call__(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch e"]:
+        y = super().__call__(jnp.asarray(x).reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# %% [markdown]
+# The shape of a model is one frozen record. Its names are those of the published `config.json`, so
+# that file can be read and written as it is. The last lines are ours.
+
+# %%
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model, by default the published one. Bad values are refused here, by name.
+
+    >>> Config(routing="telepathy")
+    Traceback (most recent call last):
+    annotated_bigs.UserError: routing: 'telepathy' is unknown; choose one of ssm, attention, none
+    """
+    vocab_size: int = 30522
+    hidden_size: int = 1024                # d
+    num_hidden_layers: int = 23
+    intermediate_size: int = 3072          # 3d in a gated layer, 4d in a stacked one
+    max_position_embeddings: int = 128     # longest text, in tokens
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    initializer_range: float = 0.02        # standard deviation of fresh dense weights
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    num_ssm: int = 64                      # N
+    scaling: str = "hippo"                 # hippo, lin or inv
+    pooler_type: str = "non_padding_mean"  # non_padding_mean, mean, or ours: cls
+    pre_norm: bool = True                  # x + f(LN(x)); False: LN(x + f(x))
+    num_labels: int = 2
+    block: str = "gated"                   # ours: gated or stack
+    routing: str = "ssm"                   # ours: ssm, attention or none
+    num_attention_heads: int = 16          # ours, for attention
+    convolution: str = "auto"              # ours: auto, fft, toeplitz or blocks
+    mask_padding: bool = True              # ours: padding is silent; False in the published models
+    dtype: str = "float32"                 # ours: of products; bfloat16 on TPU and GPU
+
+    def __post_init__(self):
+        choices = {"scaling": SCALINGS, "pooler_type": ("non_padding_mean", "mean", "cls"),
+                   "block": ("gated", "stack"), "routing": ("ssm", "attention", "none"),
+                   "convolution": ("auto", "fft", "toeplitz", "blocks"), "dtype": ("float32", "bfloat16")}
+        for field, allowed in choices.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise UserError(f"{field}: {value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+# %% [markdown]
+# **The batch enters here.** Since one SSM serves all channels, a batch of sentences is one sentence
+# with more channels: an array of shape $(L, \text{batch}, d)$, seen as $(L, \text{batch} \cdot d)$,
+# goes through the functions of room 5 as it is. This is why the encoder keeps time first.
+# The route of a layer is one of three: the SSM, attention for comparison, or nothing at all.
+
+# %%
+def route_ssm(u: Float[AnyArray, "L batch d"], ssm: SSM, past: bool, algorithm: str) -> Float[Array, "L batch d"]:
+    """One SSM over a batch: the same kernel for every channel of every sentence, equation (7).
+
+    >>> ssm, u = SSM(64, "hippo", nnx.Rngs(0)), jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3)
+    >>> together = route_ssm(u, ssm, True, "auto")
+    >>> alone = convolve(u[:, 1], ssm.diagonal())
+    >>> bool(jnp.allclose(together[:, 1], alone, atol=1e-5))
+    True
+    """
+    return convolve(u.reshape(u.shape[0], -1), ssm.diagonal(), past, algorithm).reshape(u.shape)
+
+
+def attend(q: Float[AnyArray, "L batch d"], k: Float[AnyArray, "L batch d"],
+           v: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], heads: int
+           ) -> Float[Array, "L batch d"]:
+    """Attention, softmax(q k / sqrt(d / heads)) v, to tokens where the mask is true.
+
+    With equal keys everyone reads the average of what the mask lets through:
+
+    >>> v, mask = jnp.arange(6.0).reshape(3, 1, 2), jnp.array([[True], [True], [False]])
+    >>> attend(0 * v, 0 * v, v, mask, heads=1)[:, 0].tolist()
+    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    """
+    if q.shape[-1] % heads:
+        raise UserError(f"num_attention_heads: {heads} heads do not divide {q.shape[-1]} channels")
+    split = lambda x: jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 0, 1)
+    y = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask.T[:, None, None, :])
+    return jnp.swapaxes(y, 0, 1).reshape(q.shape)
+
+
+# %% [markdown]
+# Padding tokens carry no word. Where `mask` is false the inputs of the SSMs are set to zero, and a
+# sentence gets the same answer however far it is padded. The published model does not do that: its
+# padding tokens are convolved like any others. `mask_padding=False` restores its behaviour.
+
+# %%
+def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over channels, its statistics in float32, its output in the products' type.
+
+    >>> round(float(layer_norm(Config(hidden_size=4), nnx.Rngs(0))(jnp.arange(4.0)).std()), 3)
+    1.0
+    """
+    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=config.dtype, rngs=rngs)
+
+
+def silence(u: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], padding: bool
+            ) -> Float[Array, "L batch d"]:
+    """Zeros at padding, if padding is to be silent.
+
+    >>> silence(jnp.ones((2, 1, 1)), jnp.array([[True], [False]]), True).ravel().tolist()
+    [1.0, 0.0]
+    """
+    return u * mask[..., None].astype(u.dtype) if padding else jnp.asarray(u)
+
+
+# %% [markdown]
+# Now the layer, equation (9) line by line. The variant with attention was never released. Our definition keeps its weights equal in number:
+# $W_f, W_b, W_{u_1}, W_{u_2}$ become the projections for queries, keys, values and output.
+
+# %%
+class GatedLayer(nnx.Module):
+    """x + O of equation (9), after a LayerNorm; seven dense layers and two SSMs.
+
+    Change the word at 2, and with SSMs every other place hears of it:
+
+    >>> layer = GatedLayer(Config(hidden_size=8, intermediate_size=24), nnx.Rngs(0))
+    >>> x, mask = jnp.sin(jnp.arange(32.0)).reshape(4, 1, 8), jnp.ones((4, 1), bool)
+    >>> (layer(x, mask) != layer(x.at[2, 0, 0].add(1), mask)).any((1, 2)).tolist()
+    [True, True, True, True]
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d, wide, self.config = config.hidden_size, config.intermediate_size, config
+        dense = functools.partial(Dense, dtype=config.dtype, rngs=rngs,
+                                  kernel_init=nnx.initializers.normal(config.initializer_range))
+        self.norm = layer_norm(config, rngs)
+        self.W_v, self.W_u, self.W_o = dense(d, wide), dense(d, wide), dense(wide, d)
+        self.W_f, self.W_b, self.W_u1, self.W_u2 = (dense(d, d) for _ in range(4))
+        if config.routing == "ssm":
+            self.forward = SSM(config.num_ssm, config.scaling, rngs)
+            self.backward = SSM(config.num_ssm, config.scaling, rngs)
+
+    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]) -> Float[Array, "L batch d"]:
+        h = self.norm(x) if self.config.pre_norm else x
+        U = gelu(self.W_u(self.route(h, mask)))
+        y = x + self.W_o(U * gelu(self.W_v(h)))
+        return y if self.config.pre_norm else self.norm(y)
+
+    def route(self, h, mask):
+        """U_1 * U_2 of equation (9); with attention, its output projection instead."""
+        c = self.config
+        if c.routing == "attention":
+            return self.W_u2(attend(self.W_f(h), self.W_b(h), self.W_u1(h), mask, c.num_attention_heads))
+        f, b = gelu(self.W_f(h)), gelu(self.W_b(h))
+        if c.routing == "ssm":
+            f, b = (silence(u, mask, c.mask_padding) for u in (f, b))
+            f = route_ssm(f, self.forward, True, c.convolution)
+            b = route_ssm(b, self.backward, False, c.convolution)
+        return self.W_u1(f) * self.W_u2(b)
+
+
+# %% [markdown]
+# The paper asks what gating contributes by taking it away. Its *stacked* model is a BERT whose
+# attention is replaced by SSMs; nothing is multiplied with anything. It was not released either. In
+# our definition each of two SSMs, one forward and then one backward, has a dense layer before and
+# after it, so that a stacked layer keeps the $12 d^2$ weights of a BERT layer. With attention in
+# their place the same class is BERT.
+
+# %%
+class StackLayer(nnx.Module):
+    """A BERT layer: routing, then a feed-forward block of 4d, each with a residual and a LayerNorm.
+
+    >>> config = Config(hidden_size=8, intermediate_size=32, num_attention_heads=2, block="stack")
+    >>> StackLayer(config, nnx.Rngs(0))(jnp.ones((5, 2, 8)), jnp.ones((5, 2), bool)).shape
+    (5, 2, 8)
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d, wide, self.config = config.hidden_size, config.intermediate_size, config
+        dense = functools.partial(Dense, dtype=config.dtype, rngs=rngs,
+                                  kernel_init=nnx.initializers.normal(config.initializer_range))
+        self.norm1, self.norm2 = layer_norm(config, rngs), layer_norm(config, rngs)
+        self.W_q, self.W_k, self.W_v, self.W_o = (dense(d, d) for _ in range(4))
+        self.W_in, self.W_out = dense(d, wide), dense(wide, d)
+        if config.routing == "ssm":
+            self.forward = SSM(config.num_ssm, config.scaling, rngs)
+            self.backward = SSM(config.num_ssm, config.scaling, rngs)
+
+    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]) -> Float[Array, "L batch d"]:
+        feed = lambda h: self.W_out(gelu_exact(self.W_in(h)))
+        if self.config.pre_norm:
+            x = x + self.route(self.norm1(x), mask)
+            return x + feed(self.norm2(x))
+        x = self.norm1(x + self.route(x, mask))
+        return self.norm2(x + feed(x))
+
+    def route(self, h, mask):
+        """Attention, or dense, SSM, dense twice: forward, then backward."""
+        c = self.config
+        if c.routing == "attention":
+            return self.W_o(attend(self.W_q(h), self.W_k(h), self.W_v(h), mask, c.num_attention_heads))
+        ssms = (self.forward, self.backward) if c.routing == "ssm" else (None, None)
+        for before, ssm, after, past in zip((self.W_q, self.W_v), ssms, (self.W_k, self.W_o), (True, False),
+                                            strict=True):
+            u = silence(before(h), mask, c.mask_padding)
+            h = after(u if ssm is None else route_ssm(u, ssm, past, c.convolution))
+        return h
+
+
+# %% [markdown]
+# Side by side, drawn from a list of boxes (name, place) and arrows:
+
+# %%
+BOXES = ("LN 0 1, W_v -2 2, W_f 0 2, W_b 2 2, SSM_f 0 3, SSM_b 2 3, W_u1 0 4, W_u2 2 4, × 1 4.8, W_u 1 5.6, "
+         "×* -0.5 6.4, W_o -0.5 7.2, +~x -0.5 8",
+         "dense 0 1, SSM_f 0 1.8, dense* 0 2.6, dense** 0 3.4, SSM_b 0 4.2, dense*** 0 5, +,~LN 0 5.8, "
+         "feed~forward 0 6.8, +,~LN* 0 7.8".replace("+,", "+"))
+ARROWS = ("LN>W_v LN>W_f LN>W_b W_f>SSM_f W_b>SSM_b SSM_f>W_u1 SSM_b>W_u2 W_u1>× W_u2>× ×>W_u W_u>×* W_v>×* "
+          "×*>W_o W_o>+~x",
+          "dense>SSM_f SSM_f>dense* dense*>dense** dense**>SSM_b SSM_b>dense*** dense***>+~LN +~LN>feed~forward "
+          "feed~forward>+~LN*")
+
+
+@figure(name="layers",
+        alt="Two flow diagrams. Gated: the input feeds three dense layers; the forward and backward SSM branches are "
+            "multiplied, then multiplied with the third branch. Stacked: routing and feed-forward blocks in sequence, "
+            "each with a residual sum.",
+        caption="The gated layer multiplies twice; the stacked layer only adds. Blue boxes mix tokens, grey ones mix "
+                "channels. Drawn by layers_figure.")
+def layers_figure():
+    drawing, axes = canvas(1, 2, (9, 5), width_ratios=(3, 2))
+    for ax, title, boxes, arrows in zip(axes, ("gated (BiGS)", "stacked (BERT with SSMs)"), BOXES, ARROWS, strict=True):
+        places = {name: (float(x), float(y)) for name, x, y in (box.split() for box in boxes.split(","))}
+        for start, end in (arrow.split(">") for arrow in arrows.split()):
+            ax.annotate("", places[end], places[start],
+                        arrowprops=dict(arrowstyle="->", color=INK, shrinkA=11, shrinkB=11))
+        for name, place in places.items():
+            color = "#cfe2f3" if "SSM" in name else "#fde3d8" if "×" in name else "#eeeeee"
+            ax.text(*place, name.strip("*").replace("~", " "), ha="center", va="center", fontsize=9,
+                    bbox=dict(boxstyle="round", facecolor=color, edgecolor=INK, lw=0.7))
+        ax.set(title=title, xlim=(-3, 3), ylim=(0.4, 8.6))
+        ax.axis("off")
+    return drawing
+
+
+@example
+def draw_layers():
+    show(layers_figure)
+
+# %% [markdown]
+# The layer is complete: two kernels gather, two products decide. Count its weights once by eye:
+# $3 d^2$ for each of $W_v, W_u, W_o$ and $d^2$ for each of the other four make $13 d^2$; the SSMs
+# add 516 numbers. The rest of the model is bookkeeping.
+
+# %% [markdown]
+# ## 7. The encoder and its heads
+#
+# What turns words into arrays, and arrays into answers? The front is BERT's: the embedding of the
+# word, of its position and of its segment are added, normalized, and dropped out, the only dropout
+# before the heads. Position embeddings are the published model's choice; a convolution knows
+# distances without them.
+#
+# The layers have equal shapes, so they are one pytree whose arrays carry a leading axis for
+# layers, and `jax.lax.scan` applies them one after another. The compiler then sees one layer instead of
+# twenty-three. For a few layers on a CPU it pays to write them out (`unroll`), since the
+# compiler can then reuse memory across layers; the result is the same.
+
+# %%
+def dropout(x: Float[AnyArray, "*shape"], rate: float, key: jax.Array | None) -> Float[Array, "*shape"]:
+    """Zero a random part of x and scale up the rest; nothing without a key.
+
+    >>> x = dropout(jnp.ones(10_000), 0.1, jax.random.key(0))
+    >>> bool(jnp.allclose(x.max(), 1 / 0.9)), abs(float(x.mean()) - 1) < 0.02
+    (True, True)
+    """
+    if key is None or rate == 0:
+        return jnp.asarray(x)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+# %% [markdown]
+# With that, the encoder:
+
+# %%
+class Encoder(nnx.Module):
+    """Embeddings and layers: tokens (batch, L) in, features (L, batch, d) out, time first.
+
+    >>> config = Config(vocab_size=50, hidden_size=8, intermediate_size=24, num_hidden_layers=2)
+    >>> Encoder(config, nnx.Rngs(0))(jnp.ones((3, 5), int), jnp.ones((3, 5), bool)).shape
+    (5, 3, 8)
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.initializer_range)
+        table = lambda rows: nnx.Embed(rows, config.hidden_size, embedding_init=normal, rngs=rngs)
+        self.config = config
+        self.words, self.positions = table(config.vocab_size), table(config.max_position_embeddings)
+        self.types, self.norm = table(config.type_vocab_size), layer_norm(config, rngs)
+        layer = GatedLayer if config.block == "gated" else StackLayer
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: layer(config, nnx.Rngs(key)))(keys)
+
+    def __call__(self, input_ids: Int[AnyArray, "batch L"], mask: Bool[AnyArray, "batch L"],
+                 token_type_ids: Int[AnyArray, "batch L"] | None = None, key: jax.Array | None = None,
+                 remat: bool = False) -> Float[Array, "L batch d"]:
+        ids, mask, L = jnp.asarray(input_ids).T, jnp.asarray(mask).T, input_ids.shape[1]
+        types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids).T
+        x = self.words(ids) + self.positions.embedding[:L, None] + self.types(types)
+        x = dropout(self.norm(x), self.config.hidden_dropout_prob, key)
+        body = lambda x, layer: (layer(x, mask), None)
+        x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.layers,
+                            unroll=unrolled(self.config.num_hidden_layers))
+        return x
+
+
+# %% [markdown]
+# Writing out pays for a few layers on a CPU:
+
+# %%
+def unrolled(layers: int) -> int:
+    """How many layers to write out for the compiler: up to eight on a CPU, else one.
+
+    >>> unrolled(23)
+    1
+    """
+    return layers if layers <= 8 and jax.default_backend() == "cpu" else 1
+
+
+# %% [markdown]
+# Five heads share this encoder, under the published names. The masked-LM head ties its output to
+# the word embeddings. It works on chosen positions only: pretraining asks about 15 % of the tokens, and
+# the product with the vocabulary is the largest of a small model, so the other 85 % are never computed.
+
+# %%
+class MaskedLMHead(nnx.Module):
+    """dense, exact GELU, LayerNorm, product with the word embeddings, a bias for each word.
+
+    >>> config, rngs = Config(vocab_size=7, hidden_size=4), nnx.Rngs(0)
+    >>> MaskedLMHead(config, rngs)(jnp.ones((2, 4)), nnx.Embed(7, 4, rngs=rngs)).shape
+    (2, 7)
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.dense = Dense(config.hidden_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
+        self.norm, self.bias = layer_norm(config, rngs), nnx.Param(jnp.zeros(config.vocab_size))
+
+    def __call__(self, x: Float[AnyArray, "*batch d"], words: nnx.Embed) -> Float[Array, "*batch V"]:
+        h = self.norm(gelu_exact(self.dense(x)))
+        logits = h.reshape(-1, h.shape[-1]) @ words.embedding[...].astype(h.dtype).T
+        return (logits.astype(jnp.float32) + self.bias[...]).reshape(*x.shape[:-1], -1)
+
+
+# %% [markdown]
+# A text is pooled into one vector by averaging its tokens (BERT takes the first one instead).
+
+# %%
+def pool(x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"], kind: str) -> Float[Array, "batch d"]:
+    """Average over the tokens of the mask, over all tokens ("mean"), or the first token ("cls").
+
+    >>> x, mask = jnp.array([[[2.0]], [[4.0]], [[9.0]]]), jnp.array([[True, True, False]])
+    >>> [pool(x, mask, kind).item() for kind in ("non_padding_mean", "mean", "cls")]
+    [3.0, 5.0, 2.0]
+    """
+    if kind == "cls":
+        return x[0]
+    weight = mask.T[..., None].astype(x.dtype) if kind == "non_padding_mean" else jnp.ones_like(x[..., :1])
+    return (x * weight).sum(0) / jnp.maximum(weight.sum(0), 1)
+
+
+# %% [markdown]
+# The other heads give labels: for a whole text, from a pooled vector, or for each token.
+
+# %%
+class LabelHead(nnx.Module):
+    """Dropout and one dense layer; for tasks on a whole text, after pooling, a dense layer and a tanh.
+
+    >>> head = LabelHead(Config(hidden_size=4), "sequence_classification", nnx.Rngs(0))
+    >>> head(jnp.ones((5, 2, 4)), jnp.ones((2, 5), bool), None).shape
+    (2, 2)
+    """
+
+    def __init__(self, config: Config, task: str, rngs: nnx.Rngs):
+        self.config, pooled = config, task in ("sequence_classification", "multiple_choice")
+        outputs = {"question_answering": 2, "multiple_choice": 1}.get(task, config.num_labels)
+        self.pooler = Dense(config.hidden_size, config.hidden_size, rngs=rngs) if pooled else None
+        self.classifier = Dense(config.hidden_size, outputs, rngs=rngs)
+
+    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"],
+                 key: jax.Array | None) -> Float[Array, "*batch outputs"]:
+        if self.pooler is None:
+            h = jnp.swapaxes(x, 0, 1)
+        else:
+            h = jnp.tanh(self.pooler(pool(x, mask, self.config.pooler_type)))
+        return self.classifier(dropout(h, self.config.hidden_dropout_prob, key)).astype(jnp.float32)
+
+
+# %% [markdown]
+# A whole model is an encoder and the head of a task. It takes what a Hugging Face tokenizer returns,
+# (batch, length) integers, and gives logits.
+
+# %%
+TASKS = {"masked_lm": "BiGSForMaskedLM", "sequence_classification": "BiGSForSequenceClassification",
+         "token_classification": "BiGSForTokenClassification",
+         "question_answering": "BiGSForQuestionAnswering", "multiple_choice": "BiGSForMultipleChoice"}
+
+
+class BiGS(nnx.Module):
+    """An encoder and a head. Output by task, for (batch, L) tokens: masked_lm (batch, L, vocab),
+    sequence_classification (batch, labels), token_classification (batch, L, labels),
+    question_answering two of (batch, L), multiple_choice (batch, choices) for (batch, choices, L).
+
+    >>> shape = dict(vocab_size=50, hidden_size=8, intermediate_size=24, num_hidden_layers=2)
+    >>> ids = np.ones((3, 5), int)
+    >>> [BiGS(Config(**shape), task)(ids).shape for task in ("masked_lm", "sequence_classification")]
+    [(3, 5, 50), (3, 2)]
+    """
+
+    def __init__(self, config: Config, task: str = "masked_lm", seed: int = 0):
+        if task not in TASKS:
+            raise UserError(f"task: {task!r} is unknown; choose one of {', '.join(TASKS)}")
+        rngs = nnx.Rngs(seed)
+        self.config, self.task, self.encoder = config, task, Encoder(config, rngs)
+        self.head = MaskedLMHead(config, rngs) if task == "masked_lm" else LabelHead(config, task, rngs)
+
+    def __call__(self, input_ids, attention_mask=None, token_type_ids=None, key=None):
+        shape = np.shape(input_ids)
+        if shape[-1] > self.config.max_position_embeddings:
+            raise UserError(f"input_ids: {shape[-1]} tokens, but this model reads at most "
+                             f"{self.config.max_position_embeddings}; cut the text or pass truncation=True "
+                             f"and max_length={self.config.max_position_embeddings} to the tokenizer")
+        flat = lambda a: None if a is None else jnp.asarray(a).reshape(-1, shape[-1])
+        mask = jnp.ones(shape, bool) if attention_mask is None else jnp.asarray(attention_mask) > 0
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = self.encoder(flat(input_ids), flat(mask), flat(token_type_ids), keys[0])
+        if self.task == "masked_lm":
+            return self.head(jnp.swapaxes(x, 0, 1), self.encoder.words)
+        y = self.head(x, flat(mask), keys[1])
+        if self.task == "multiple_choice":
+            return y.reshape(shape[:-1])
+        return (y[..., 0], y[..., 1]) if self.task == "question_answering" else y
+
+
+# %% [markdown]
+# Pretraining asks at chosen positions only, and never computes the other logits.
+
+# %%
+def masked_logits(model: BiGS, positions: Int[AnyArray, "batch P"], *inputs, key: jax.Array | None = None,
+                  remat: bool = False) -> Float[Array, "P batch V"]:
+    """Masked-LM logits at the given positions; the inputs and options are those of the encoder.
+
+    >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
+    >>> ids = np.arange(10).reshape(2, 5)
+    >>> some = masked_logits(model, np.array([[1], [3]]), ids, np.ones((2, 5), bool))
+    >>> bool(jnp.allclose(some[0], model(ids)[jnp.arange(2), jnp.array([1, 3])], atol=1e-6))
+    True
+    """
+    x = model.encoder(*inputs, key=key, remat=remat)
+    chosen = jnp.take_along_axis(x, jnp.asarray(positions).T[:, :, None], axis=0)
+    return model.head(chosen, model.encoder.words)
+
+
+# %% [markdown]
+# ### Sizes
+#
+# `large` is the published model. `base` is the paper's smaller one. `mini` and `tiny` are ours, for two
+# CPU cores.
+
+# %%
+large = Config()
+base = Config(hidden_size=768, num_hidden_layers=12, intermediate_size=2304, num_attention_heads=12)
+mini = Config(hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=4)
+tiny = Config(vocab_size=8192, hidden_size=128, num_hidden_layers=4, intermediate_size=384,
+              num_attention_heads=2)
+SIZES = {"tiny": tiny, "mini": mini, "base": base, "large": large}
+
+
+def parameters(config: Config, task: str = "masked_lm") -> int:
+    """Number of parameters, from the shapes alone; nothing is allocated.
+
+    >>> parameters(replace(large, max_position_embeddings=512)) - parameters(large) == 384 * 1024
+    True
+    """
+    shapes = jax.eval_shape(lambda: nnx.state(BiGS(config, task)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+# %% [markdown]
+# Counting is the cheapest test of an architecture. With its masked-LM head the published model has
+# `parameters(large) == 346314134` parameters, and the file that the authors trained for length 512
+# `parameters(replace(large, max_position_embeddings=512)) == 346707350`, as published. The paper's
+# smaller model has `parameters(base) == 116303466`, and ours `parameters(tiny) < 2 * 10**6`.
+#
+# The paper compares four architectures of about equal size. 24 stacked layers of $12 d^2$ stand
+# against 23 gated ones of $13 d^2$. With `bert = replace(large, block="stack", ...)` the sizes are:
+
+# %%
+STACKED = dict(block="stack", num_hidden_layers=24, intermediate_size=4096)
+bert = replace(large, **STACKED, routing="attention", pre_norm=False, pooler_type="cls")
+RIVALS = {"gated, SSM (BiGS)": large, "gated, attention": replace(large, routing="attention"),
+          "stacked, SSM": replace(large, **STACKED), "stacked, attention (BERT)": bert}
+
+
+@example
+def count_rivals():
+    for name, config in RIVALS.items():
+        print(f"{name:28s}{parameters(config):14,d} parameters")
+
+# %% [markdown]
+# And operations? A dense layer costs two operations a weight and token. An FFT convolution adds, for
+# each channel, two real transforms of length $n = 2L$ at $2.5\,n \log_2 n$ operations; attention adds $4 L^2 d$
+# a layer. This reproduces the paper's Table 8 to its printed digits, and so shows what that table
+# counts: the forward pass of the encoder's layers.
+
+# %%
+def operations(config: Config, L: int) -> float:
+    """Operations of the encoder's layers for one text of L tokens, forward, convolving by FFT.
+
+    >>> [f"{operations(large, L):.1e}" for L in (128, 512, 1024, 4096)]
+    ['8.1e+10', '3.2e+11', '6.5e+11', '2.6e+12']
+    >>> [f"{operations(bert, L):.1e}" for L in (128, 512, 1024, 4096)]
+    ['7.9e+10', '3.4e+11', '7.2e+11', '4.1e+12']
+    """
+    d, wide = config.hidden_size, config.intermediate_size
+    weights = 3 * d * wide + 4 * d * d if config.block == "gated" else 4 * d * d + 2 * d * wide
+    route = {"ssm": 2 * d * 2 * 2.5 * 2 * L * np.log2(2 * L), "attention": 4 * L * L * d, "none": 0}
+    return float(config.num_hidden_layers * (2 * weights * L + route[config.routing]))
+
+
+# %% [markdown]
+# At 128 tokens the two models are even: `1 < operations(large, 128) / operations(bert, 128) < 1.03`.
+# At 4096, attention's square dominates: `operations(bert, 4096) / operations(large, 4096) > 1.5`.
+#
+# The model stands. Before training one, let us see that it is the published one.
+
+# %% [markdown]
+# ## 8. The published weights
+#
+# Is this the authors' model, or one that resembles it? The strict answer is to load their weights
+# and get their numbers. Their checkpoints are a folder with `config.json` and `flax_model.msgpack`, a tree of
+# arrays under their names. `NAMES` translates: what stands left is our attribute, right theirs.
+
+# %%
+LAYER_NAMES = {"norm": "LayerNorm", "W_v": "dv", "W_f": "du_forward", "W_b": "du_backward",
+               "W_u1": "duc_forward", "W_u2": "duc_backward", "W_u": "dol", "W_o": "do",
+               "forward": "fs4", "backward": "bs4"}
+NAMES = {"words": "embeddings/word_embeddings", "positions": "embeddings/position_embeddings",
+         "types": "embeddings/token_type_embeddings", "norm": "embeddings/LayerNorm"}
+HEAD_NAMES = {"dense": "cls/predictions/transform/dense", "norm": "cls/predictions/transform/LayerNorm",
+              "bias": "cls/predictions/bias", "pooler": "<root>/pooler/dense", "classifier": "classifier"}
+
+
+def published_name(path: tuple[str, ...], task: str) -> str:
+    """Where a parameter of ours lies in the published tree; "<i>" stands for the layer's number.
+
+    >>> published_name(("encoder", "layers", "W_u", "kernel"), "masked_lm")
+    '<root>/encoder/layer/<i>/dol/kernel'
+    >>> published_name(("head", "bias"), "masked_lm")
+    'cls/predictions/bias'
+    """
+    part, *rest = path
+    if part == "head":
+        name = "qa_outputs" if (task, rest[0]) == ("question_answering", "classifier") else HEAD_NAMES[rest[0]]
+        return "/".join([name, *rest[1:]])
+    if rest[0] == "layers":
+        return "/".join(["<root>/encoder/layer/<i>", LAYER_NAMES[rest[1]], *rest[2:]])
+    return "/".join(["<root>", NAMES[rest[0]], *rest[1:]])
+
+
+# %% [markdown]
+# Saving walks over our parameters and writes each under its published name, in float32, the layers
+# apart. A folder appears whole or not at all: it is written beside its place and then renamed.
+
+# %%
+def named_parameters(model: BiGS) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every parameter with its path of names, e.g. ("encoder", "layers", "W_u", "kernel").
+
+    >>> next(iter(named_parameters(BiGS(replace(tiny, vocab_size=9)))))[0][0]
+    'encoder'
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+        yield names_of(path), leaf
+
+
+def names_of(path: tuple) -> tuple[str, ...]:
+    """A pytree path as words: what is an attribute or a key, without what is the array's box.
+
+    >>> names_of((jax.tree_util.DictKey("head"), jax.tree_util.GetAttrKey("value")))
+    ('head',)
+    """
+    parts = (getattr(part, "key", getattr(part, "name", None)) for part in path)
+    return tuple(str(part) for part in parts if part not in ("value", "raw_value"))
+
+
+def published_tree(model: BiGS) -> dict[str, np.ndarray]:
+    """The model's arrays by published name, layers apart, the root named s4_bert.
+
+    >>> tree = published_tree(BiGS(replace(tiny, vocab_size=9)))
+    >>> tree["s4_bert/encoder/layer/3/fs4/log_step"].shape
+    (1,)
+    """
+    tree = {}
+    for path, leaf in named_parameters(model):
+        name = published_name(path, model.task).replace("<root>", "s4_bert")
+        array = np.asarray(leaf, np.float32)
+        layers = enumerate(array) if "<i>" in name else [(0, array)]
+        tree.update({name.replace("<i>", str(i)): part for i, part in layers})
+    return tree
+
+
+# %% [markdown]
+# What is written is exactly what the authors' code reads.
+
+# %%
+def save_pretrained(model: BiGS, directory: str | Path) -> None:
+    """Write config.json and flax_model.msgpack in the published format, replacing what was there.
+
+    >>> import tempfile
+    >>> model = BiGS(replace(tiny, vocab_size=9, num_hidden_layers=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(model, folder + "/m"); again = from_pretrained(folder + "/m")
+    >>> bool(jnp.array_equal(model([[1, 2, 3]]), again([[1, 2, 3]])))
+    True
+    """
+    from flax import serialization, traverse_util
+    tree = traverse_util.unflatten_dict(published_tree(model), sep="/")
+    config = asdict(model.config) | {"model_type": "BiGS", "architectures": [TASKS[model.task]]}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (("flax_model.msgpack", serialization.msgpack_serialize(tree)),
+                          ("config.json", json.dumps(config, indent=2).encode())):
+        (directory / f"{name}.part").write_bytes(content)
+        (directory / f"{name}.part").replace(directory / name)
+
+
+# %% [markdown]
+# Loading goes the other way. Weights that lack a parameter, hold one too many, or hold one of another shape are
+# refused by name. A config without our fields is the authors', so padding stays audible in it.
+
+# %%
+def read_config(folder: Path) -> tuple[Config, str]:
+    """The shape and the task of the model in a folder.
+
+    >>> read_config(Path("no/such/folder"))
+    Traceback (most recent call last):
+    annotated_bigs.UserError: no/such/folder: no model here, config.json is missing
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model here, config.json is missing")
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: not JSON ({error})") from None
+    known = {f.name: found[f.name] for f in fields(Config) if f.name in found}
+    labels = {"num_labels": len(found["id2label"])} if "id2label" in found else {}
+    architecture = (found.get("architectures") or ["BiGSForMaskedLM"])[0]
+    task = next((task for task, name in TASKS.items() if name == architecture.removeprefix("Flax")), "masked_lm")
+    return Config(**{"mask_padding": False} | labels | known), task
+
+
+# %% [markdown]
+# The weights themselves:
+
+# %%
+def read_tree(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of flax_model.msgpack by published name, the encoder's root renamed to "<root>".
+
+    >>> read_tree(Path("nowhere"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: nowhere: flax_model.msgpack is missing; ...
+    """
+    from flax import serialization, traverse_util
+    file = folder / "flax_model.msgpack"
+    if not file.is_file():
+        raise UserError(f"{folder}: flax_model.msgpack is missing; pickled weights are not read, "
+                                "because a pickle can run any code")
+    try:
+        nested = serialization.msgpack_restore(file.read_bytes())
+    except Exception as error:
+        raise UserError(f"{file}: truncated or not msgpack ({error})") from None
+    flat = traverse_util.flatten_dict(nested, sep="/")
+    root = next((name.split("/")[0] for name in flat if "/embeddings/" in name), "")
+    return {re.sub(f"^{re.escape(root)}/", "<root>/", name): array for name, array in flat.items()}
+
+
+# %% [markdown]
+# A head that the file lacks is drawn anew, and a warning says so: that is how fine-tuning starts.
+
+# %%
+def from_pretrained(name: str | Path, task: str | None = None, **changes) -> BiGS:
+    """The model in a folder or on the hub, for its own task or another; fields of Config can be changed.
+
+    >>> import tempfile
+    >>> from_pretrained(tempfile.gettempdir())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: ...: no model here, config.json is missing
+    """
+    folder = Path(name)
+    if not folder.exists():
+        folder = download(str(name))
+    config, own_task = read_config(folder)
+    model = BiGS(replace(config, **changes), task or own_task)
+    tree, missing, values = read_tree(folder), [], {}
+    for path, leaf in named_parameters(model):
+        pattern = published_name(path, model.task)
+        names = [pattern.replace("<i>", str(i)) for i in range(model.config.num_hidden_layers)]
+        names = names if "<i>" in pattern else names[:1]
+        if path[0] == "head" and names[0] not in tree:
+            missing.append(names[0])
+            continue
+        values[path] = np.stack([take(tree, n, leaf.shape["<i>" in pattern:], folder) for n in names])
+        values[path] = values[path] if "<i>" in pattern else values[path][0]
+    surplus = [n for n in tree if n.startswith("<root>") and not n.startswith("<root>/pooler")]
+    if surplus:
+        raise UserError(f"{folder}: parameters that this config has no place for: {', '.join(surplus[:3])}")
+    if missing:
+        import warnings
+        warnings.warn(f"{folder}: drawn anew, the file lacks {', '.join(missing)}", stacklevel=2)
+    return with_parameters(model, values)
+
+
+# %% [markdown]
+# The three helpers take one array out of the tree, put arrays into a model, and ask the hub.
+
+# %%
+def take(tree: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    """Remove and return one array, checking its shape.
+
+    >>> take({"w": np.ones(3)}, "w", (4,), Path("here"))
+    Traceback (most recent call last):
+    annotated_bigs.UserError: here: w has shape (3,), config.json wants (4,)
+    """
+    if name not in tree:
+        raise UserError(f"{folder}: the weights lack {name}")
+    array = np.asarray(tree.pop(name), np.float32)
+    if array.shape != tuple(shape):
+        raise UserError(f"{folder}: {name} has shape {array.shape}, config.json wants {tuple(shape)}")
+    return array
+
+
+def with_parameters(model: BiGS, values: dict[tuple[str, ...], np.ndarray]) -> BiGS:
+    """The same model with some parameters replaced, by path.
+
+    >>> model = BiGS(replace(tiny, vocab_size=9))
+    >>> with_parameters(model, {("head", "bias"): np.ones(9)}).head.bias.sum().item()
+    9.0
+    """
+    graph, state = nnx.split(model)
+    pick = lambda path, old: jnp.asarray(values.get(names_of(path), old), old.dtype)
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(pick, state))
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the hub, fetched or cached.
+
+    >>> download("no such name")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: no such name: no such folder, and the hub does not give it ...
+    """
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "flax_model.msgpack"]))
+    except Exception as error:
+        raise UserError(f"{name}: no such folder, and the hub does not give it "
+                                f"({type(error).__name__}); pass the path of a model folder") from None
+
+
+# %% [markdown]
+# A round trip through this format is exact, as the docstring of `save_pretrained` shows, and a test loads small random
+# checkpoints written by the authors' code and compares our logits with theirs. Their names on the hub, for
+# `from_pretrained("JunxiongWang/BiGS_128")`: `BiGS_128`, `BiGS_512`, `BiGS_1024` and `BiGS_4096` by
+# length, and `BiGS_128_MNLI` and `BiGS_512_MNLI` fine-tuned. This document has to work offline, so it
+# does not load them here; the first thing to try with the hub in reach is
+# `python annotated_bigs.py fill-mask "Paris is the [MASK] of France." --model JunxiongWang/BiGS_128`.
+# `fill_mask` in [room 12](#12-pretraining) is what answers.
+
+# %% [markdown]
+# ## 9. From text to masked batches
+#
+# What does the model read? In the paper, English Wikipedia and books. Hubs can be out of reach and
+# data sets move, so this document brings its own English in a form that every reader already has: the
+# documentation strings of the Python packages that it needs anyway. It is a few megabytes of real, if
+# dry, prose, with nothing to download. Any other text can take its place (`--corpus`).
+#
+# Gathering reads source files without importing them. The list of packages is fixed and sorted, so that
+# everyone with the same versions has the same text.
+
+# %%
+PACKAGES = ("datasets", "flax", "matplotlib", "numpy", "optax", "orbax", "pandas", "scipy", "sklearn")
+
+
+class Document(NamedTuple):
+    """A text and the module (or file) that it comes from; the unit that is never split."""
+    module: str
+    text: str
+
+
+def docstrings(package: str) -> Iterator[Document]:
+    """Every documentation string of an installed package, module by module, read but not imported.
+
+    >>> next(docstrings("json")).module
+    'json/__init__.py'
+    """
+    spec = importlib.util.find_spec(package)
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for file in sorted(root.rglob("*.py")):
+        module, source = file.relative_to(root.parent).as_posix(), file.read_text("utf-8", "ignore")
+        if "test" in module or '"""' not in source:
+            continue
+        stack = [ast.parse(source)]
+        while stack:
+            node = stack.pop()
+            if text := ast.get_docstring(node):
+                yield Document(module, text)
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            stack += [child for child in reversed(node.body) if isinstance(child, kinds)]
+
+
+# %% [markdown]
+# A documentation string is prose between tables of parameters, code and formulas. We keep paragraphs
+# that start at the margin, begin like a sentence and end like one, and consist of words. Marks around names
+# are removed, the names stay.
+
+# %%
+HEADING = re.compile(r"^([A-Z][A-Za-z ]+)\n[-=~^]{3,}\s*$", re.MULTILINE)
+TABLES = {"Parameters", "Returns", "Attributes", "Examples", "See Also", "References", "Yields",
+          "Raises", "Methods", "Other Parameters", "Warns", "Example", "Return"}
+LISTS = re.compile("(args|arguments|returns?|raises|yields|attributes|examples?|see also|parameters|"
+                   "todo|notes?|references)s?:", re.IGNORECASE)
+MARKS = re.compile(r":[a-z:]+:`~?([^`<]+?)\s*(?:<[^>]*>)?`|``?([^`]+)``?_?_?|\[\d+\]_|\*\*?([^*\n]+)\*\*?")
+
+
+def prose(docstring: str) -> Iterator[str]:
+    """The sentences of a documentation string, one paragraph at a time.
+
+    >>> list(prose("Return the ``sum`` of two numbers.\\n\\nParameters\\n----------\\na : int\\n    One."))
+    ['Return the sum of two numbers.']
+    >>> list(prose("Multiply.\\n\\n>>> 2 * 3\\n6\\n\\nThis is :func:`exact <x>` for small integers."))
+    ['This is exact for small integers.']
+    """
+    parts = HEADING.split(docstring)
+    blocks = parts[:1] + [body for title, body in zip(parts[1::2], parts[2::2], strict=True)
+                          if title.strip() not in TABLES]
+    for paragraph in (p for block in blocks for p in re.split(r"\n\s*\n", block.strip("\n"))):
+        if paragraph[:1].isspace() or any(mark in paragraph for mark in (">>>", "--", "%(", ".. ", "::")):
+            continue
+        text = " ".join(MARKS.sub(lambda m: m[1] or m[2] or m[3] or "", paragraph).split())
+        sentence = re.match(r"[A-Z\"'(]", text) and text.endswith((".", "!", "?")) and not LISTS.match(text)
+        words = len(re.sub("[^A-Za-z ,.']", "", text)) > 0.93 * len(text)
+        if sentence and words and len(text.split()) >= 5:
+            yield text
+
+
+# %% [markdown]
+# Many paragraphs occur in several places. Each is kept once in all, before anything is split, so that
+# no held-out paragraph has been seen in training. Whole modules are held out, one in
+# sixteen, chosen by a checksum of their name.
+
+# %%
+class Corpus(NamedTuple):
+    """Documents to train on, documents held out, and where they come from, in words."""
+    train: list[Document]
+    heldout: list[Document]
+    source: str
+
+
+def without_repeats(documents: Iterator[Document]) -> list[Document]:
+    """Documents of prose in which no paragraph occurs a second time.
+
+    >>> twice = [Document("a.py", "We say this only once."), Document("b.py", "We say this only once.")]
+    >>> [document.module for document in without_repeats(twice)]
+    ['a.py']
+    """
+    seen, kept = set(), []
+    for module, text in documents:
+        paragraphs = []
+        for paragraph in prose(text):
+            key = re.sub("[^a-z]", "", paragraph.lower())
+            if key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph)
+        if paragraphs:
+            kept.append(Document(module, " ".join(paragraphs)))
+    return kept
+
+
+# %% [markdown]
+# The split, and the corpus:
+
+# %%
+def is_heldout(module: str) -> bool:
+    """One module in sixteen, by checksum of its name.
+
+    >>> sum(is_heldout(f"module{i}") for i in range(1600)) in range(70, 130)
+    True
+    """
+    import zlib
+    return zlib.crc32(module.encode()) % 16 == 0
+
+
+@functools.cache
+def embedded_english() -> Corpus:
+    """Prose from the documentation strings of PACKAGES, split by module.
+
+    >>> corpus = embedded_english()
+    >>> {d.module for d in corpus.train} & {d.module for d in corpus.heldout}
+    set()
+    """
+    documents = without_repeats(d for package in PACKAGES for d in docstrings(package))
+    part = lambda heldout: [d for d in documents if is_heldout(d.module) == heldout]
+    return Corpus(part(False), part(True), "documentation strings of " + ", ".join(PACKAGES))
+
+
+# %% [markdown]
+# How much is it, and what does it sound like?
+
+# %%
+@example
+def describe_english():
+    start = time.perf_counter()
+    corpus = embedded_english()
+    print(f"gathered in {time.perf_counter() - start:.0f} s")
+    texts = corpus.train + corpus.heldout
+    sizes = {p: sum(len(d.text) for d in texts if d.module.startswith(p + "/")) / 1e6 for p in PACKAGES}
+    print(f"{sum(sizes.values()):.2f} MB:", ", ".join(f"{package} {size:.2f}" for package, size in sizes.items()))
+    print(f"{len(corpus.train)} texts to train on, {len(corpus.heldout)} held out, of "
+          f"{len({d.module for d in corpus.heldout})} other modules")
+    print("for example:", corpus.heldout[7].text[:300])
+
+# %% [markdown]
+# Any other text will do. `load_corpus` in [the appendix](#appendix-a-text-of-your-own) reads files and
+# folders. A name on the hub, such as `wikimedia/wikipedia:20231101.en`, is streamed through `datasets`, as
+# far as it is needed.
+
+# %%
+def stream_documents(name: str) -> Iterator[Document]:
+    """Documents of a data set of the hub, "owner/name" or "owner/name:configuration", as they arrive.
+
+    >>> next(stream_documents("no/such/data set"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: corpus: no/such/data set is neither a file here nor ...
+    """
+    import datasets
+    owner, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(owner, configuration or None, split="train", streaming=True)
+    except Exception as error:
+        raise UserError(f"corpus: {name} is neither a file here nor a data set that can be reached "
+                                f"({type(error).__name__}); give the path of a text file or folder") from None
+    yield from (Document(f"{name}/{i}", row["text"]) for i, row in enumerate(rows))
+
+
+# %% [markdown]
+# ### Word pieces
+#
+# A vocabulary of 8192 word pieces is trained on the corpus, in BERT's way: lower case, and rare words
+# are spelled from pieces. The `tokenizers` library does it in seconds. Left alone it numbers the
+# continuing letters (`##a`) in the order of a hash table, and two runs get two vocabularies; we give it
+# those letters in order, and the same text has the same vocabulary everywhere. The published models use
+# BERT's own 30,522 pieces.
+
+# %%
+def train_tokenizer(texts: list[str], vocab_size: int = 8192):
+    """A BERT-style WordPiece tokenizer, as a Hugging Face fast tokenizer.
+
+    >>> tokenizer = train_tokenizer(["low lower lowest", "new newer newest"] * 10, 40)
+    >>> tokenizer.convert_ids_to_tokens(tokenizer("lower")["input_ids"])
+    ['[CLS]', 'lower', '[SEP]']
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    special, normalizer = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], normalizers.BertNormalizer()
+    letters = sorted({c for text in texts for c in normalizer.normalize_str(text) if not c.isspace()})
+
+    def tokenizer_with(model):
+        pieces = Tokenizer(model)
+        pieces.normalizer, pieces.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+        pieces.decoder = decoders.WordPiece()
+        pieces.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        return pieces
+
+    trained = tokenizer_with(models.WordPiece(unk_token="[UNK]"))
+    trained.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, show_progress=False,
+        special_tokens=special + [f"##{letter}" for letter in letters if letter.isalnum()]))
+    pieces = tokenizer_with(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]",
+                                   cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+
+
+# %% [markdown]
+# Documents are packed: their tokens follow each other, a [SEP] after each, and the stream is cut into
+# rows of $L$, each between [CLS] and [SEP]. No token of a row is padding, and no computation is wasted on any.
+
+# %%
+def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
+    """Rows of exactly L tokens: [CLS], L - 2 tokens of the running text, [SEP].
+
+    >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
+    >>> tokenizer.decode(pack(["a b c", "d e f g"], tokenizer, 5)[0])
+    '[CLS] a b c [SEP]'
+    """
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    stream = np.array([t for ids in encoded for t in (*ids, tokenizer.sep_token_id)], np.int32)
+    rows = len(stream) // (L - 2)
+    if rows == 0:
+        raise UserError(f"corpus: {len(stream)} tokens do not fill one row of {L}; give more text")
+    body = stream[:rows * (L - 2)].reshape(rows, L - 2)
+    edge = lambda token: np.full((rows, 1), token, np.int32)
+    return np.concatenate([edge(tokenizer.cls_token_id), body, edge(tokenizer.sep_token_id)], 1)
+
+
+# %% [markdown]
+# ### Masking
+#
+# The task is BERT's. Of a row's tokens, 15 % are chosen, at most 20 of 128, never a special one. Of the
+# chosen, 80 % become [MASK], 10 % a random word piece, 10 % stay as they are; the model has to give the original
+# of all. The authors drew masks once, offline; we draw them anew at every step, from a key that is
+# nothing but (seed, step). A batch is thus a pure function of its number, and that is what makes an interrupted run repeatable.
+
+# %%
+class Batch(NamedTuple):
+    """One batch for masked language modelling; label 0 ([PAD]) means that nothing is asked there."""
+    input_ids: Int[AnyArray, "batch L"]
+    positions: Int[AnyArray, "batch P"]
+    labels: Int[AnyArray, "batch P"]
+
+
+class Rows(NamedTuple):
+    """Packed rows, and what masking has to know of the vocabulary."""
+    tokens: Int[np.ndarray, "rows L"]
+    vocab_size: int
+    mask_id: int
+    special_ids: tuple[int, ...]
+
+
+# %% [markdown]
+# Drawing which tokens to ask for is a matter of the smallest of random scores, where special tokens get a handicap:
+
+# %%
+def mask_tokens(rows: Rows, chosen: Int[np.ndarray, " batch"], rng: np.random.Generator) -> Batch:
+    """Mask 15 % of the chosen rows' tokens by BERT's rule, 80 % [MASK], 10 % random, 10 % kept.
+
+    >>> rows = Rows(np.arange(5, 5 + 4 * 128).reshape(4, 128), 1000, 4, (0, 2, 3))
+    >>> batch = mask_tokens(rows, np.arange(4), np.random.default_rng(0))
+    >>> batch.positions.shape, int((batch.labels > 0).sum(1).max())
+    ((4, 20), 19)
+    >>> original = np.take_along_axis(rows.tokens, batch.positions, 1)
+    >>> bool(np.all((batch.labels == original) | (batch.labels == 0)))
+    True
+    """
+    tokens = rows.tokens[chosen]
+    size, L = tokens.shape
+    width = -(-20 * L // 128)
+    count = min(width, max(1, round(0.15 * L)))
+    scores = rng.random((size, L), np.float32) + np.isin(tokens, rows.special_ids)
+    positions = np.sort(np.argpartition(scores, count, axis=1)[:, :count], axis=1)
+    original = np.take_along_axis(tokens, positions, 1)
+    labels = np.where(np.isin(original, rows.special_ids), 0, original)
+    dice = rng.random((size, count), np.float32)
+    noise = rng.integers(0, rows.vocab_size, (size, count), np.int32)
+    shown = np.where(dice < 0.8, rows.mask_id, np.where(dice < 0.9, noise, labels))
+    input_ids = tokens.copy()
+    np.put_along_axis(input_ids, positions, np.where(labels > 0, shown, original), 1)
+    fill = lambda a: np.pad(a, [(0, 0), (0, width - count)]).astype(np.int32)
+    return Batch(input_ids.astype(np.int32), fill(positions), fill(labels))
+
+
+# %% [markdown]
+# The rows of a batch follow each other in an order that is drawn anew for every epoch.
+
+# %%
+def batch_at(rows: Rows, size: int, seed: int, step: int) -> Batch:
+    """Batch number `step`: the next rows of this epoch's own order, masked; nothing but (seed, step) decides.
+
+    >>> rows = Rows(np.arange(5, 5 + 4 * 128).reshape(4, 128), 1000, 4, (0, 2, 3))
+    >>> a, b, c = (batch_at(rows, 2, 0, step) for step in (7, 7, 8))
+    >>> np.array_equal(a.input_ids, b.input_ids), np.array_equal(a.input_ids, c.input_ids)
+    (True, False)
+    """
+    place = step * size + np.arange(size)
+    epochs, index = np.divmod(place, len(rows.tokens))
+    order = {e: np.random.default_rng((seed, 0, int(e))).permutation(len(rows.tokens)) for e in set(epochs.tolist())}
+    chosen = np.array([order[int(e)][i] for e, i in zip(epochs, index, strict=True)])
+    return mask_tokens(rows, chosen, np.random.default_rng((seed, 1, step)))
+
+
+# %% [markdown]
+# A data set for pretraining is the tokenizer, rows to train on, and rows held out. The held-out rows
+# are masked once, the same way for everyone, so that losses can be compared.
+
+# %%
+class Dataset(NamedTuple):
+    """What pretraining reads: a tokenizer, training rows, and held-out batches with fixed masks."""
+    tokenizer: Any
+    train: Rows
+    heldout: list[Batch]
+    source: str
+
+
+def make_dataset(corpus: Corpus, tokenizer, L: int, heldout_rows: int = 256, batch: int = 64) -> Dataset:
+    """Tokenize and pack both parts of a corpus.
+
+    >>> documents = [Document("m", "a b c d e f g")] * 20
+    >>> tokenizer = train_tokenizer([d.text for d in documents], 30)
+    >>> make_dataset(Corpus(documents, documents, "letters"), tokenizer, 10).train.tokens.shape
+    (20, 10)
+    """
+    ids = tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows = [Rows(pack([d.text for d in part], tokenizer, L), len(tokenizer), tokenizer.mask_token_id, ids)
+            for part in (corpus.train, corpus.heldout)]
+    count = max(1, min(heldout_rows, len(rows[1].tokens)) // batch)
+    heldout = [batch_at(rows[1], min(batch, len(rows[1].tokens)), 0, step) for step in range(count)]
+    return Dataset(tokenizer, rows[0], heldout, corpus.source)
+
+
+@functools.cache
+def tiny_dataset() -> Dataset:
+    """The demonstration's data: embedded English, its own vocabulary, rows of 128.
+
+    >>> tiny_dataset().train.vocab_size, tiny_dataset().train.tokens.shape[1]
+    (8192, 128)
+    """
+    corpus = embedded_english()
+    tokenizer = train_tokenizer([d.text for d in corpus.train], tiny.vocab_size)
+    return make_dataset(corpus, tokenizer, tiny.max_position_embeddings)
+
+
+# %% [markdown]
+# A look at what the model will see:
+
+# %%
+@example
+def describe_batch():
+    data = tiny_dataset()
+    batch = batch_at(data.train, 4, seed=0, step=0)
+    print(f"{data.train.tokens.size:,} training tokens; the first 40 of a masked row:")
+    print(data.tokenizer.decode(batch.input_ids[0, :40]))
+    print("asked:", data.tokenizer.convert_ids_to_tokens(batch.labels[0, :6]))
+
+# %% [markdown]
+# ## 10. Loss, schedule, optimizer
+#
+# What is minimized, and how? The loss is the cross-entropy of the original word, averaged over all
+# masked positions of the batch,
+#
+# $$ \ell = -\frac{1}{|M|} \sum_{(b, i) \in M} \log p\,(w_{b,i} \mid \text{masked text}). \tag{10} $$
+
+# %%
+def masked_loss(logits: Float[AnyArray, "P batch V"], labels: Int[AnyArray, "batch P"]) -> Float[Array, ""]:
+    """Equation (10), in nats a masked token; label 0 is not counted.
+
+    A model that knows nothing pays log V for each word:
+
+    >>> loss = masked_loss(jnp.zeros((3, 2, 50)), jnp.array([[7, 9, 0], [4, 0, 0]]))
+    >>> bool(jnp.allclose(loss, jnp.log(50)))
+    True
+    """
+    wanted = jnp.asarray(labels).T
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), wanted)
+    return (losses * (wanted > 0)).sum() / jnp.maximum((wanted > 0).sum(), 1)
+
+
+# %% [markdown]
+# A recipe is data: how long, how fast, with what decay. `documented` is the one run whose command the
+# authors wrote down: 1048 sequences of 128, 100,000 steps, a peak rate of 6e-4, 2 % of warm-up, then a
+# cosine down to a tenth. The paper's table says 1 % of warm-up; we follow the documented run.
+# Those are `RECIPES["documented"].tokens == 13_414_400_000` tokens. `demonstration` is ours, for four minutes on two cores.
+
+# %%
+@dataclass(frozen=True)
+class Recipe:
+    """How to pretrain. Rates are per step of AdamW; a length of 0 takes the model's own.
+
+    >>> Recipe(steps=0)
+    Traceback (most recent call last):
+    annotated_bigs.UserError: steps: 0 is not positive
+    """
+    steps: int = 100_000
+    batch: int = 1048
+    length: int = 128
+    learning_rate: float = 6e-4   # peak
+    ssm_rate: float = 1.0         # the SSMs' learning rate, as a multiple of the others'
+    weight_decay: float = 0.05
+    ssm_decay: bool = True        # does the decay reach the SSMs? In the published run it does
+    warmup: float = 0.02          # share of the steps
+    seed: int = 0
+    save_every: int = 1000        # steps between checkpoints
+    evaluate_every: int = 1000
+    remat: bool = False           # recompute the layers in the backward pass, to save memory
+
+    def __post_init__(self):
+        for field in ("steps", "batch", "length", "learning_rate", "save_every", "evaluate_every"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"{field}: {getattr(self, field)} is not positive")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads, with repetition."""
+        return self.steps * self.batch * self.length
+
+
+# %% [markdown]
+# The three recipes, and the rate that follows from each:
+
+# %%
+RECIPES = {"documented": Recipe(remat=True),
+           "demonstration": Recipe(steps=2000, batch=8, learning_rate=1e-3, ssm_rate=2.0, ssm_decay=False,
+                                   weight_decay=0.01, warmup=0.05, save_every=1000, evaluate_every=500),
+           "quarter-hour": Recipe(steps=3000, batch=256, learning_rate=1e-3, ssm_decay=False,
+                                  weight_decay=0.01, warmup=0.05, save_every=500, evaluate_every=500, remat=True)}
+
+
+def schedule(recipe: Recipe) -> Callable[[int], float]:
+    """Learning rate by step: up from zero, then a cosine down to a tenth of the peak.
+
+    >>> rate, recipe = schedule(RECIPES["documented"]), RECIPES["documented"]
+    >>> [round(float(rate(step)) / recipe.learning_rate, 3) for step in (0, 1000, 2000, 51_000, 100_000)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    return optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, max(1, round(recipe.warmup * recipe.steps)),
+                                              recipe.steps, end_value=recipe.learning_rate / 10)
+
+
+# %% [markdown]
+# The optimizer is AdamW. Biases and normalization scales are never decayed. The published run decays
+# everything else, the SSMs' poles and steps among it, and moves them at the common rate; both are options here. Decay on
+# `log_step` pulls a step size towards one, and on `A_re` a fade towards none, and neither wish has a reason.
+
+# %%
+def is_ssm(path: tuple) -> bool:
+    """Whether a pytree path leads into a forward or backward SSM.
+
+    >>> is_ssm((jax.tree_util.GetAttrKey("forward"), jax.tree_util.GetAttrKey("A_re")))
+    True
+    """
+    return bool({"forward", "backward"} & set(names_of(path)))
+
+
+def is_decayed(path: tuple, ssm_decay: bool) -> bool:
+    """Whether weight decay reaches this parameter: kernels, embeddings and, if asked, SSMs.
+
+    >>> [is_decayed((jax.tree_util.GetAttrKey(name),), True) for name in ("kernel", "embedding", "bias", "scale")]
+    [True, True, False, False]
+    """
+    return ssm_decay if is_ssm(path) else names_of(path)[-1] in ("kernel", "embedding")
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with beta 0.9 and 0.98, epsilon 1e-6, the recipe's schedule, and groups by path.
+
+    With zero gradients only decay acts, and only on what it may touch:
+
+    >>> tx = make_optimizer(Recipe(warmup=0, learning_rate=1.0, weight_decay=0.5, ssm_decay=False))
+    >>> params = {"kernel": jnp.ones(1), "bias": jnp.ones(1), "forward": {"A_re": jnp.ones(1)}}
+    >>> state = tx.init(params)
+    >>> for _ in range(2): updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    >>> jax.tree.map(lambda u: round(abs(u.item()), 2), updates)
+    {'bias': 0.0, 'forward': {'A_re': 0.0}, 'kernel': 0.5}
+    """
+    decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: is_decayed(p, recipe.ssm_decay), tree)
+    ssm = lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: is_ssm(p), tree)
+    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-6),
+                       optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
+                       optax.scale_by_learning_rate(schedule(recipe)),
+                       optax.masked(optax.scale(recipe.ssm_rate), ssm))
+
+
+# %% [markdown]
+# Loss, schedule and optimizer are fixed. What remains is to run them, on whatever there is.
+
+# %% [markdown]
+# ## 11. One step on many chips
+#
+# What changes when one device becomes eight? Nothing in the model. The batch is split among the devices of a mesh,
+# the parameters are copied to each, and the compiler inserts the sum of the gradients. All we say is where arrays lie.
+
+# %%
+class State(NamedTuple):
+    """All that a run is: its step, its parameters, the optimizer's moments."""
+    step: Int[Array, ""]
+    model: BiGS
+    moments: Any
+
+
+def placements():
+    """Where arrays go on all devices: a whole copy on each, or split by rows.
+
+    >>> [str(place.spec) for place in placements()]
+    ["PartitionSpec()", "PartitionSpec('data',)"]
+    """
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    return put(), put("data")
+
+
+def fresh_state(config: Config, recipe: Recipe) -> State:
+    """Parameters drawn from the recipe's seed, moments at zero, on every device.
+
+    >>> fresh_state(Config(10, 8, 1, 24, num_ssm=4), Recipe()).step.item()
+    0
+    """
+    def create():
+        model = BiGS(config, seed=recipe.seed)
+        return State(jnp.array(0), model, make_optimizer(recipe).init(model))
+    return jax.jit(create, out_shardings=placements()[0])()
+
+
+# %% [markdown]
+# The step is a function from a state and a batch to the next state. Dropout's randomness is folded out of the seed and
+# the step, so a step repeated is a step identical. On TPU and GPU products run in bfloat16 (`dtype="bfloat16"`), while
+# parameters, moments, kernels, normalization statistics and the loss stay in float32. For large
+# models `remat` recomputes each layer in the backward pass instead of storing what it produced.
+
+# %%
+def make_step(recipe: Recipe) -> Callable[[State, Batch], tuple[State, Float[Array, ""]]]:
+    """The compiled training step; the state that goes in is used up.
+
+    One batch can be learned by heart:
+
+    >>> config = replace(tiny, vocab_size=40, hidden_size=16, intermediate_size=48, num_hidden_layers=1, num_ssm=8)
+    >>> recipe = Recipe(steps=60, batch=2, length=16, learning_rate=0.02, warmup=0.1)
+    >>> state, step = fresh_state(config, recipe), make_step(recipe)
+    >>> batch = Batch(jnp.arange(32).reshape(2, 16), jnp.array([[3, 5], [2, 9]]), jnp.array([[7, 9], [11, 13]]))
+    >>> for _ in range(60): state, loss = step(state, batch)
+    >>> bool(loss < 0.1)
+    True
+    """
+    optimizer = make_optimizer(recipe)
+
+    def step(state: State, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+
+        def loss(model):
+            everywhere = jnp.ones(batch.input_ids.shape, bool)
+            logits = masked_logits(model, batch.positions, batch.input_ids, everywhere,
+                                   key=key, remat=recipe.remat)
+            return masked_loss(logits, batch.labels)
+
+        value, gradient = jax.value_and_grad(loss)(state.model)
+        updates, moments = optimizer.update(gradient, state.moments, state.model)
+        return State(state.step + 1, optax.apply_updates(state.model, updates), moments), value
+
+    return jax.jit(step, donate_argnums=0)
+
+
+# %% [markdown]
+# ### How close to the hardware?
+#
+# A step cannot be faster than its matrix products. [The appendix](#appendix-b-how-close-to-the-hardware) runs those
+# products alone, in the same shapes, and prints how many times longer the whole step takes. Three decisions
+# bring the step near that bound on a CPU. Arrays are time first and seen as matrices, so all dense layers and
+# both convolutions are plain products, without transposing anything. Layers are written out when they are few.
+# And memory is kept between steps (`keep_memory`).
+
+# %% [markdown]
+# ## 12. Pretraining
+#
+# What does a run look like from start to end? A loop over batches, with four duties beside it: it shows where it is,
+# it writes a line of JSON for every ten steps, it measures the held-out loss, and it saves its state so that a
+# killed run can go on as if nothing had happened. That last is a consequence of what we have: state and batch are
+# functions of (seed, step), so a saved state is the whole run. Orbax writes it, and a half-written checkpoint
+# is never mistaken for a whole one.
+
+# %%
+def checkpoints(directory: Path):
+    """Orbax's manager for the states of a run; it keeps the last two.
+
+    >>> import tempfile
+    >>> checkpoints(Path(tempfile.mkdtemp())).latest_step() is None
+    True
+    """
+    import logging
+
+    import orbax.checkpoint as ocp
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    return ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
+
+
+def save(manager, state: State) -> None:
+    """Write a checkpoint under its step; orbax finishes it in the background."""
+    import orbax.checkpoint as ocp
+    manager.save(int(state.step), args=ocp.args.StandardSave(state))
+
+
+def restore(manager, state: State) -> State:
+    """The last saved state, or the given one if there is none."""
+    import orbax.checkpoint as ocp
+    if manager.latest_step() is None:
+        return state
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(shapes))
+
+
+# %% [markdown]
+# The held-out loss is the mean over fixed batches, without dropout. Its exponential is a perplexity, though
+# only of masked words.
+
+# %%
+@jax.jit
+def heldout_loss(model: BiGS, batch: Batch) -> Float[Array, ""]:
+    """Equation (10) on one batch, without dropout."""
+    everywhere = jnp.ones(batch.input_ids.shape, bool)
+    logits = masked_logits(model, batch.positions, batch.input_ids, everywhere)
+    return masked_loss(logits, batch.labels)
+
+
+def evaluate(model: BiGS, data: Dataset) -> float:
+    """Mean held-out loss, in nats a masked token.
+
+    >>> batch = Batch(jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]]))
+    >>> loss = evaluate(BiGS(Config(50, 8, 1, 24, num_ssm=4)), Dataset(None, None, [batch], "ones"))
+    >>> abs(loss - float(np.log(50))) < 0.5  # an untrained model knows next to nothing
+    True
+    """
+    return float(np.mean([heldout_loss(model, batch) for batch in data.heldout]))
+
+
+# %% [markdown]
+# Batches come from a thread that prepares the next one while the device computes this one. Records go to
+# a list and, line by line, to a file; a resumed run forgets those after its checkpoint.
+
+# %%
+def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) from step `first` + 1 on, on the devices, one prepared ahead.
+
+    >>> rows = Rows(np.arange(5, 5 + 4 * 128).reshape(4, 128), 1000, 4, (0, 2, 3))
+    >>> [number for number, _ in batches(rows, Recipe(steps=5, batch=8), 3)]
+    [4, 5]
+    """
+    from concurrent.futures import ThreadPoolExecutor
+    prepare, place = functools.partial(batch_at, rows, recipe.batch, recipe.seed), placements()[1]
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(prepare, first)
+        for number in range(first + 1, recipe.steps + 1):
+            batch, ahead = ahead.result(), thread.submit(prepare, number)
+            yield number, jax.device_put(batch, place)
+
+
+class Journal:
+    """The records of a run, in memory and in log.jsonl; it starts with those up to a step.
+
+    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> journal = Journal(folder, 0); journal.record(10, loss=2.5); journal.record(20, loss=2.0)
+    >>> Journal(folder, 10).history
+    [{'step': 10, 'loss': 2.5}]
+    """
+
+    def __init__(self, directory: Path, until: int):
+        self.file = directory / "log.jsonl"
+        old = self.file.read_text().splitlines() if self.file.exists() else []
+        self.history = [record for record in map(json.loads, old) if record["step"] <= until]
+        self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+    def record(self, step: int, **values: float | int) -> None:
+        self.history.append({"step": step, **values})
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.history[-1]) + "\n")
+
+
+# %% [markdown]
+# A loss that is no number ends the run, and the last checkpoint stays.
+
+# %%
+class Run(NamedTuple):
+    """What pretraining leaves: the model, and its records."""
+    model: BiGS
+    history: list[dict[str, float]]
+
+
+def finite_mean(losses: list[Array], step: int, directory: Path) -> float:
+    """The mean of the last losses, if it is finite.
+
+    >>> finite_mean([jnp.array(1.0), jnp.array(jnp.nan)], 20, Path("runs/mine"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FloatingPointError: the loss is not finite at step 20; runs/mine keeps the last good state; ...
+    """
+    mean = float(np.mean(jax.device_get(losses)))
+    if not np.isfinite(mean):
+        raise FloatingPointError(f"the loss is not finite at step {step}; {directory} keeps the last good state; "
+                                 "resume it with a lower learning rate")
+    return mean
+
+
+# %% [markdown]
+# The loop itself reads top to bottom.
+
+# %%
+def pretrain(config: Config, recipe: Recipe, data: Dataset, directory: Path, resume: bool = False) -> Run:
+    """Pretrain into a folder: checkpoints, log.jsonl, and the finished model in the published format.
+
+    Raises UserError if the folder holds a run that is not to be resumed, and FloatingPointError, naming
+    the step, if the loss is not finite. Tested at tiny size in `tests/test_training.py`.
+    """
+    from tqdm import tqdm
+    if (directory / "log.jsonl").exists() and not resume:
+        raise UserError(f"{directory} holds a run; resume it with --resume, or choose another --output")
+    manager, step = checkpoints(directory), make_step(recipe)
+    state = restore(manager, fresh_state(config, recipe))
+    first, start, losses = int(state.step), time.perf_counter(), []
+    journal = Journal(directory, first)
+    if first == 0:
+        journal.record(0, heldout=evaluate(state.model, data))
+    bar = tqdm(total=recipe.steps, initial=first, unit="step", mininterval=1)
+    for number, batch in batches(data.train, recipe, first):
+        state, loss = step(state, batch)
+        losses.append(loss)
+        bar.update()
+        if number % 10 == 0 or number == recipe.steps:
+            mean, losses = finite_mean(losses, number, directory), []
+            speed = (number - first) * recipe.batch * recipe.length / (time.perf_counter() - start)
+            journal.record(number, loss=mean, tokens_per_second=round(speed))
+            bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
+        if number % recipe.evaluate_every == 0 or number == recipe.steps:
+            journal.record(number, heldout=evaluate(state.model, data))
+        if number % recipe.save_every == 0 or number == recipe.steps:
+            save(manager, state)
+    bar.close()
+    manager.close()
+    save_pretrained(state.model, directory)
+    data.tokenizer.save_pretrained(directory)
+    return Run(state.model, journal.history)
+
+
+# %% [markdown]
+# To hear what a model has learned, let it fill in words.
+
+# %%
+def fill_mask(model: BiGS, tokenizer, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+    """The likeliest words and their probabilities for every [MASK] of a text.
+
+    Raises UserError if there is no mask, or if the text is longer than the model reads.
+
+    >>> tokenizer = train_tokenizer(["to be or not to be"] * 10, 30)
+    >>> model = BiGS(replace(tiny, vocab_size=len(tokenizer)))
+    >>> [len(words) for words in fill_mask(model, tokenizer, "to [MASK] or not to [MASK]", top=3)]
+    [3, 3]
+    >>> fill_mask(model, tokenizer, "to be")
+    Traceback (most recent call last):
+    annotated_bigs.UserError: text: there is no [MASK] in it; write [MASK] where a word is to be filled in
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if tokenizer.mask_token_id not in ids:
+        raise UserError("text: there is no [MASK] in it; write [MASK] where a word is to be filled in")
+    limit = model.config.max_position_embeddings
+    if len(ids) > limit:
+        raise UserError(f"text: {len(ids)} tokens, but this model reads at most {limit}; shorten the text")
+    padded = np.full((1, limit), model.config.pad_token_id)
+    padded[0, :len(ids)] = ids
+    logits = model(padded, padded != model.config.pad_token_id)[0]
+    answers = []
+    for place in np.flatnonzero(np.array(ids) == tokenizer.mask_token_id):
+        p = np.asarray(jax.nn.softmax(logits[place]))
+        answers.append([(tokenizer.convert_ids_to_tokens(int(i)), float(p[i])) for i in np.argsort(-p)[:top]])
+    return answers
+
+
+# %% [markdown]
+# ### Live
+#
+# Now for real, if small: the `tiny` model on the embedded English, with the recipe `demonstration`. The first
+# evaluation should be close to the logarithm of 8192, `9.0 < np.log(8192) < 9.02`, because a fresh model knows nothing.
+
+# %%
+PROBES = ("The function [MASK] a new array.", "If the input is not valid, an error is [MASK].",
+          "This method should not be [MASK] directly.", "The [MASK] of the matrix are computed.")
+
+
+@functools.cache
+def tiny_run() -> Run:
+    """The demonstration: `tiny` on the embedded English, from scratch, into runs/tiny."""
+    import shutil
+    shutil.rmtree(RUNS / "tiny", ignore_errors=True)
+    return pretrain(tiny, RECIPES["demonstration"], tiny_dataset(), RUNS / "tiny")
+
+
+def fresh_tiny() -> BiGS:
+    """The same model at step 0.
+
+    >>> fresh_tiny().config == tiny
+    True
+    """
+    return fresh_state(tiny, RECIPES["demonstration"]).model
+
+
+@example
+def live():
+    run = tiny_run()
+    heldout = [r["heldout"] for r in run.history if "heldout" in r]
+    print("held-out loss:", " -> ".join(f"{loss:.2f}" for loss in heldout), "nats a masked word")
+    for text in PROBES:
+        print(text)
+        for name, model in (("before", fresh_tiny()), ("after ", run.model)):
+            words = fill_mask(model, tiny_dataset().tokenizer, text)[0]
+            print(f"  {name}", ", ".join(f"{word} {p:.0%}" for word, p in words))
+
+# %% [markdown]
+# ### On a TPU or GPU
+#
+# On an accelerator, and with the hub in reach, the same few lines pretrain `base` on Wikipedia for about a quarter of an hour,
+# with the vocabulary of BERT. The recipe is chosen by device. That its step fits into the memory of one v5e chip
+# was checked by compiling it for that chip ([how](#appendix-c-a-tpu-without-a-tpu)).
+
+# %%
+WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
+
+
+def recipe_for(platform: str) -> tuple[Config, Recipe, str | None]:
+    """Model, recipe and corpus that suit a device: the demonstration on "cpu", else `base` on Wikipedia.
+
+    >>> recipe_for("cpu")[0] == tiny, recipe_for("tpu")[0].dtype
+    (True, 'bfloat16')
+    """
+    if platform == "cpu":
+        return tiny, RECIPES["demonstration"], None
+    return replace(base, dtype="bfloat16"), RECIPES["quarter-hour"], WIKIPEDIA
+
+
+# %% [markdown]
+# On a CPU the next cell only says what it would do elsewhere.
+
+# %%
+@example
+def accelerated():
+    config, recipe, source = recipe_for(jax.default_backend())
+    plan = json.loads((DATA / "memory.json").read_text())
+    print(f"planned for {plan['topology']}: {plan['gigabytes']:.1f} of {plan['available']} GB")
+    if source is None:
+        print("CPU: the demonstration above is the recipe for this device.")
+        return
+    from transformers import AutoTokenizer
+    documents = list(itertools.islice(stream_documents(source), 100_000))
+    corpus = Corpus(documents[512:], documents[:512], source)
+    data = make_dataset(corpus, AutoTokenizer.from_pretrained("bert-base-uncased"), recipe.length)
+    run = pretrain(config, recipe, data, RUNS / "base")
+    print(fill_mask(run.model, data.tokenizer, "Paris is the [MASK] of France."))
+
+# %% [markdown]
+# The curve of the demonstration, as it came out:
+
+# %%
+@functools.cache
+def results() -> dict[str, Any]:
+    """What the last demonstration measured, from data/tiny.json.
+
+    >>> results()["history"][0]["step"]
+    0
+    """
+    return json.loads(RESULTS.read_text())
+
+
+@figure(name="loss",
+        alt="A falling curve of training loss against tokens read, with dots of held-out loss near it.",
+        caption="The loss of the demonstration: training batches (grey), held-out text (red). The dashed line is the "
+                "loss of knowing nothing, log 8192. Drawn by loss_figure.")
+def loss_figure():
+    drawing, ax = canvas(size=(8, 3))
+    recipe, history = RECIPES["demonstration"], results()["history"]
+    for key, style in (("loss", dict(color=GREY, lw=1)), ("heldout", dict(color=RED, marker="o", lw=1))):
+        points = [(r["step"] * recipe.batch * recipe.length / 1e6, r[key]) for r in history if key in r]
+        ax.plot(*zip(*points, strict=True), **style)
+    ax.axhline(np.log(tiny.vocab_size), color=INK, ls="--", lw=0.7)
+    ax.set(xlabel="million tokens", ylabel="nats a masked word")
+    return drawing
+
+
+@example
+def draw_loss():
+    keep_results(RESULTS, history=tiny_run().history)
+    show(loss_figure)
+
+# %% [markdown]
+# A model has been trained from nothing and fills in words. The longer runs of the paper are this loop with other numbers:
+# another recipe, another corpus, more chips. `--resume` continues a killed one.
+
+# %% [markdown]
+# ## 13. Fine-tuning
+#
+# What is a pretrained model good for? The paper's measure is GLUE, eight tasks on sentences and pairs of
+# sentences. The official data are a download; what can be shown anywhere is the mechanism, on a task made of the text that we
+# already have. *Do two sentences come from the same documentation string?* In half of the pairs the second sentence
+# follows the first; in the other half it comes from another string of the same package, so that the topic alone does
+# not give it away. Training pairs come from the training modules, test pairs from the held-out ones.
+
+# %%
+class Pair(NamedTuple):
+    """Two sentences, and 1 if they belong together."""
+    first: str
+    second: str
+    label: int
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, of at least four words each.
+
+    >>> sentences("One is not enough here. Too short. Here comes the second one.")
+    ['One is not enough here.', 'Here comes the second one.']
+    """
+    return [s for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text) if len(s.split()) >= 4]
+
+
+def make_pairs(documents: list[Document], seed: int, limit: int) -> list[Pair]:
+    """Pairs from documents of two sentences or more, half of them from one text, shuffled.
+
+    >>> documents = [Document("p/a.py", f"This is text {i} alone. It has {i} good ends.") for i in range(8)]
+    >>> pairs = make_pairs(documents, 0, 100)
+    >>> len(pairs), sum(pair.label for pair in pairs)
+    (8, 4)
+    """
+    rng = np.random.default_rng(seed)
+    texts = [(d.module.split("/")[0], s) for d in documents if len(s := sentences(d.text)) >= 2]
+    packages = {p: [s for q, s in texts if q == p] for p in sorted({p for p, _ in texts})}
+    pairs = []
+    for package, own in texts:
+        first = rng.integers(len(own) - 1)
+        label = (len(pairs) + seed) % 2
+        other = own
+        while label == 0 and other is own and len(packages[package]) > 1:
+            other = packages[package][rng.integers(len(packages[package]))]
+        pairs.append(Pair(own[first], own[first + 1] if label else other[rng.integers(len(other))], label))
+    return [pairs[i] for i in rng.permutation(len(pairs))[:limit]]
+
+
+# %% [markdown]
+# Two numbers to beat. Chance is one half. And whoever only counts words that both sentences share, and learns from the
+# training pairs how many are enough, does better than chance.
+
+# %%
+def word_overlap(pair: Pair) -> float:
+    """Shared words over all words of a pair (Jaccard's index).
+
+    >>> word_overlap(Pair("the red house", "the blue house", 0))
+    0.5
+    """
+    a, b = (set(re.findall("[a-z]+", s.lower())) for s in pair[:2])
+    return len(a & b) / max(1, len(a | b))
+
+
+def overlap_baseline(train: list[Pair], test: list[Pair]) -> float:
+    """Accuracy of the threshold on word overlap that is best on the training pairs.
+
+    >>> pairs = [Pair("a b c", "a b c", 1), Pair("a b c", "x y z", 0)]
+    >>> overlap_baseline(pairs, pairs)
+    1.0
+    """
+    scores, labels = np.array([word_overlap(p) for p in train]), np.array([p.label for p in train])
+    cuts = np.unique(scores)
+    best = cuts[np.argmax([((scores >= cut) == labels).mean() for cut in cuts])]
+    return float(np.mean([(word_overlap(p) >= best) == p.label for p in test]))
+
+
+# %% [markdown]
+# Fine-tuning keeps the encoder, draws a head for the task, and trains everything: AdamW, a warm-up of 10 % of the
+# steps, then a cosine down to zero, one epoch. A pair is one text with a separator, the two segments told apart by their type. Padding
+# is silent, so a batch is as long as the task needs and no longer.
+
+# %%
+class Pairs(NamedTuple):
+    """Encoded pairs: tokens, mask and segment types of shape (n, L), and labels (n,)."""
+    input_ids: Int[AnyArray, "n L"]
+    attention_mask: Int[AnyArray, "n L"]
+    token_type_ids: Int[AnyArray, "n L"]
+    labels: Int[AnyArray, " n"]
+
+
+def encode_pairs(pairs: list[Pair], tokenizer, L: int = 64) -> Pairs:
+    """Tokenize pairs to L tokens, cutting the longer sentence first.
+
+    >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
+    >>> pairs = encode_pairs([Pair("a b", "c", 1)], tokenizer, 8)
+    >>> pairs.attention_mask[0].tolist(), pairs.token_type_ids[0].tolist()
+    ([1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0])
+    """
+    rows = tokenizer([p.first for p in pairs], [p.second for p in pairs], padding="max_length", max_length=L,
+                     truncation="longest_first", return_token_type_ids=True, return_tensors="np")
+    labels = np.array([p.label for p in pairs], np.int32)
+    return Pairs(*(rows[key].astype(np.int32) for key in Pairs._fields[:3]), labels)
+
+
+# %% [markdown]
+# A head is new, and the encoder as it was. One thing needs care. Without a normalization after the last layer,
+# which the published model does not have, features grow in pretraining, by factors of a hundred in our short run at a
+# high rate. A new pooler of the usual scale would drive its tanh to plus or minus one, and nothing could be
+# learned through it. We divide its fresh weights by the spread of the features.
+
+# %%
+def classifier_on(model: BiGS, sample: Pairs, seed: int, num_labels: int = 2) -> BiGS:
+    """The model's encoder under a new classifier, whose pooler is scaled to the features of a sample.
+
+    >>> small, ids = BiGS(Config(9, 8, 1, 24, num_ssm=4)), np.ones((2, 3), np.int32)
+    >>> classifier_on(small, Pairs(ids, ids, 0 * ids, ids[:, 0]), 0)(ids).shape
+    (2, 2)
+    """
+    fresh = BiGS(replace(model.config, num_labels=num_labels), "sequence_classification", seed)
+    values = {path: leaf for path, leaf in named_parameters(model) if path[0] == "encoder"}
+    mask = sample.attention_mask > 0
+    features = pool(model.encoder(sample.input_ids, mask, sample.token_type_ids), mask, model.config.pooler_type)
+    values["head", "pooler", "kernel"] = fresh.head.pooler.kernel[...] / features.std()
+    return with_parameters(fresh, values)
+
+
+# %% [markdown]
+# The step and the loop are those of pretraining in small.
+
+# %%
+def finetune(model: BiGS, train: Pairs, seed: int = 0, epochs: int = 1, batch: int = 32,
+             learning_rate: float = 4e-4) -> BiGS:
+    """Fine-tune a sequence classifier; returns the trained model.
+
+    Raises UserError if there are fewer examples than one batch holds.
+
+    >>> ids = np.tile(np.array([[5, 6], [7, 6]], np.int32), (4, 1))  # the first word tells the label
+    >>> pairs = Pairs(ids, np.ones_like(ids), np.zeros_like(ids), np.tile(np.array([0, 1], np.int32), 4))
+    >>> model = BiGS(Config(9, 8, 1, 24, num_ssm=4), "sequence_classification")
+    >>> accuracy(finetune(model, pairs, epochs=40, batch=8, learning_rate=0.01), pairs)
+    1.0
+    """
+    from tqdm import trange
+    per_epoch = len(train.labels) // batch
+    if per_epoch == 0:
+        raise UserError(f"train: {len(train.labels)} examples do not fill a batch of {batch}")
+    steps, key = epochs * per_epoch, jax.random.key(seed)
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
+    decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: is_decayed(p, False), tree)
+    optimizer = optax.adamw(rate, b2=0.999, eps=1e-6, weight_decay=0.01, mask=decayed)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(model, moments, rows: Pairs, number):
+        def loss(model):
+            logits = model(*rows[:3], key=jax.random.fold_in(key, number))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels).mean()
+        updates, moments = optimizer.update(jax.grad(loss)(model), moments, model)
+        return optax.apply_updates(model, updates), moments
+
+    model, moments = jax.tree.map(jnp.copy, model), optimizer.init(model)
+    for number in trange(steps, desc="fine-tuning", unit="step", mininterval=1):
+        epoch, place = divmod(number, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(train.labels))
+        chosen = order[place * batch:(place + 1) * batch]
+        model, moments = step(model, moments, Pairs(*(a[chosen] for a in train)), number)
+    return model
+
+
+# %% [markdown]
+# Accuracy is counted over whole batches, so that one compiled function serves all of them.
+
+# %%
+def accuracy(model: BiGS, pairs: Pairs, batch: int = 64) -> float:
+    """Share of pairs whose likelier label is the right one; the last incomplete batch is padded.
+
+    >>> pairs = Pairs(*(np.ones((5, 4), np.int32) for _ in range(3)), np.zeros(5, np.int32))
+    >>> accuracy(BiGS(replace(tiny, vocab_size=9), "sequence_classification"), pairs) in (0.0, 1.0)
+    True
+    """
+    logits, right = jax.jit(lambda model, *rows: model(*rows)), 0
+    for start in range(0, len(pairs.labels), batch):
+        rows = [a[start:start + batch] for a in pairs]
+        full = [np.pad(a, [(0, batch - len(a))] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in rows[:3]]
+        right += int((np.asarray(logits(model, *full)).argmax(1)[:len(rows[3])] == rows[3]).sum())
+    return right / len(pairs.labels)
+
+
+# %% [markdown]
+# One run each, with pretraining and without. The standard error is that of counting right answers.
+
+# %%
+@functools.cache
+def pair_task() -> tuple[list[Pair], list[Pair]]:
+    """The demonstration's training and test pairs.
+
+    >>> train, test = pair_task()
+    >>> len(train) > 9000, len(test) > 900
+    (True, True)
+    """
+    corpus = embedded_english()
+    draw = lambda documents, *seeds: [pair for seed in seeds for pair in make_pairs(documents, seed, 6000)]
+    return draw(corpus.train, 0, 1), draw(corpus.heldout, 2, 3, 4)
+
+
+@functools.cache
+def tiny_finetuned(seed: int, pretrained: bool) -> tuple[BiGS, float]:
+    """The demonstration model fine-tuned on the pairs, or a fresh one, and its accuracy on the test pairs."""
+    train, test = (encode_pairs(pairs, tiny_dataset().tokenizer) for pairs in pair_task())
+    start = tiny_run().model if pretrained else fresh_tiny()
+    model = finetune(classifier_on(start, Pairs(*(a[:64] for a in train)), seed), train, seed)
+    return model, accuracy(model, test)
+
+
+@example
+def compare_pairs():
+    train, test = pair_task()
+    scores = {name: [tiny_finetuned(0, how)[1]]
+              for name, how in (("pretrained", True), ("not pretrained", False))}
+    scores |= {"word overlap": [overlap_baseline(train, test)], "always yes": [np.mean([p.label for p in test])]}
+    print(f"same documentation string? accuracy on {len(test)} pairs of held-out modules")
+    for name, (value,) in scores.items():
+        print(f"  {name:16s}{value:6.1%} +- {np.sqrt(value * (1 - value) / len(test)):.1%}")
+    keep_results(RESULTS, pairs={"test_pairs": len(test), "train_pairs": len(train), "accuracy": scores})
+
+# %% [markdown]
+# The numbers stand as they came out, and they are modest: counting shared words does better than either model. Comparing two
+# sentences word by word is what attention does in one step; a convolution has to carry the first sentence through its
+# kernels to the second, and two million weights do not learn that from minutes of text. What they do learn needs no
+# comparison: a sentence that opens a documentation string rarely follows another. The first line against the second is
+# what pretraining adds, the second against the last what the labels alone can teach.
+#
+# GLUE itself has not been run here yet. These are the authors' numbers, from the notes to their code, on the development sets with the
+# model of length 512: MNLI 86.5, QNLI 91.6, RTE 79.8, SST-2 93.8 (accuracy), MRPC 88.3 (F1), CoLA 67.9
+# (Matthews), STS-B 89.7 (Spearman). RTE, MRPC and STS-B start from the model fine-tuned on MNLI.
+
+# %% [markdown]
+# ## 14. Looking at kernels
+#
+# What has the model learned about word order? An attention model would have to be asked about a particular sentence.
+# Here the answer is the same for all sentences and can be drawn: the kernels of (4), two a layer.
+# We keep those of the three models at hand, at step 0, after pretraining and after fine-tuning.
+
+# %%
+def kernels_of(model: BiGS) -> Float[np.ndarray, "layers 2 L"]:
+    """All kernels of a gated or stacked SSM model: forward and backward, layer by layer, equation (4).
+
+    >>> kernels_of(BiGS(replace(tiny, vocab_size=9, max_position_embeddings=16))).shape
+    (4, 2, 16)
+    """
+    L, layers = model.config.max_position_embeddings, model.encoder.layers
+    one = jax.jit(jax.vmap(lambda ssm: ssm_kernel(ssm.diagonal(), L)))
+    return np.stack([one(layers.forward), one(layers.backward)], axis=1)
+
+
+def keep_kernels() -> None:
+    """Write the kernels of the demonstration's three models to data/tiny-kernels.npz."""
+    stages = {"start": fresh_tiny(), "pretrained": tiny_run().model, "finetuned": tiny_finetuned(0, True)[0]}
+    part = DATA / "tiny-kernels.part.npz"
+    np.savez_compressed(part, **{name: kernels_of(model) for name, model in stages.items()})
+    part.replace(DATA / "tiny-kernels.npz")
+
+
+@functools.cache
+def tiny_kernels() -> dict[str, Float[np.ndarray, "layers 2 L"]]:
+    """The kernels of the last demonstration: start, pretrained, finetuned.
+
+    >>> tiny_kernels()["pretrained"].shape
+    (4, 2, 128)
+    """
+    with np.load(DATA / "tiny-kernels.npz") as file:
+        return dict(file)
+
+
+# %% [markdown]
+# ### Figure 3
+#
+# The paper's Figure 3 shows, for every layer, absolute values around the token itself, ten positions to
+# each side, scaled by the largest and smallest of the row. The forward kernel stands on the side of the past and the backward kernel on the
+# side of the future. Position 0 belongs to both directions; we draw the larger of the two, and leave $D$ out. Layers count from 0, the
+# first at the bottom, as in the paper.
+
+# %%
+def around(kernels: Float[np.ndarray, "2 L"], reach: int = 10) -> Float[np.ndarray, " positions"]:
+    """Absolute kernel values at relative positions -reach..reach, scaled to 0..1.
+
+    The forward kernel's lag 1 is the position before the token:
+
+    >>> forward, backward = np.array([0.0, 4, 2]), np.array([0.0, 1, 0])
+    >>> around(np.stack([forward, backward]), 2).tolist()
+    [0.5, 1.0, 0.0, 0.25, 0.0]
+    """
+    past, future = np.abs(kernels[:, :reach + 1])
+    row = np.concatenate([past[:0:-1], [max(past[0], future[0])], future[1:]])
+    return (row - row.min()) / (row.max() - row.min())
+
+
+# %% [markdown]
+# Step 0 stands beside the trained model, for honesty's sake.
+
+# %%
+@figure(name="kernels",
+        alt="Two columns of small filled step plots, one row a layer: kernels at step 0 on the left, after pretraining"
+            " on the right, over relative positions -10 to 10.",
+        caption="Figure 3 of the paper, for the model trained here: how each layer reads its surroundings, at step 0 "
+                "(left) and after pretraining (right). Rows are layers, 0 at the bottom. Drawn by kernels_figure.")
+def kernels_figure():
+    stages = tiny_kernels()
+    layers = len(stages["start"])
+    drawing, axes = canvas(layers, 2, (9, 0.75 * layers + 0.8), sharex=True, sharey=True)
+    positions = np.arange(-10, 11)
+    for column, (stage, title) in enumerate((("start", "step 0"), ("pretrained", "pretrained"))):
+        for layer in range(layers):
+            ax, row = axes[layers - 1 - layer, column], around(stages[stage][layer])
+            ax.fill_between(positions, row, step="mid", color=BLUE if column else GREY, alpha=0.6)
+            ax.step(positions, row, where="mid", color="black", lw=0.9)
+            ax.set(yticks=[], ylim=(0, 1.08))
+            if column == 0:
+                ax.set_ylabel(layer, rotation=0, labelpad=10, va="center")
+        axes[0, column].set_title(title)
+        axes[-1, column].set_xlabel("position relative to the token")
+    return drawing
+
+
+# %% [markdown]
+# How much of a trained row was already there at step 0? Pearson's correlation of the two rows says it.
+
+# %%
+@example
+def draw_kernels():
+    keep_kernels()
+    show(kernels_figure)
+    stages = tiny_kernels()
+    print("layer  correlation with step 0   strongest position at step 0, pretrained")
+    for layer in reversed(range(len(stages["start"]))):
+        before, after = (around(stages[stage][layer]) for stage in ("start", "pretrained"))
+        print(f"{layer:5d}  {np.corrcoef(before, after)[0, 1]:23.2f}   {before.argmax() - 10:+27d}, "
+              f"{after.argmax() - 10:+d}")
+
+# %% [markdown]
+# The correlation says how much of the row was already there in the random start. A run of minutes moves kernels
+# only so far: what resembles step 0 is the initialization, not a discovery. In the published model, trained on forty
+# thousand times as many tokens, rows show clear shapes: a peak on the next word, one on the preceding word, a
+# preceding trigram, long averages of the past and of the future.
+#
+# ### Figure 4
+#
+# The paper's Figure 4 asks what fine-tuning changes, and finds that the kernels of a few layers become longer. Here are the three
+# of our kernels that moved most, over all positions, each scaled to a peak of one.
+
+# %%
+def movement(before: Float[np.ndarray, "layers 2 L"], after: Float[np.ndarray, "layers 2 L"]
+             ) -> list[tuple[float, int, int]]:
+    """(relative change, layer, direction) of each kernel, the largest change first.
+
+    >>> a = np.ones((2, 2, 3)); b = a.copy(); b[1, 0] = 2
+    >>> movement(a, b)[0]
+    (1.0, 1, 0)
+    """
+    change = np.linalg.norm(after - before, axis=-1) / np.linalg.norm(before, axis=-1)
+    return sorted(((float(change[i]), *i) for i in np.ndindex(change.shape)), reverse=True)
+
+
+@figure(name="finetuned",
+        alt="Three panels of kernels over all positions, before fine-tuning in grey and after it in red, nearly on top"
+            " of each other.",
+        caption="Figure 4 of the paper, for the model trained here: the three kernels that fine-tuning moved most, "
+                "before (grey) and after (red), absolute values scaled to a peak of one. Drawn by finetuned_figure.")
+def finetuned_figure():
+    stages = tiny_kernels()
+    drawing, axes = canvas(1, 3, (9, 2.6), sharey=True)
+    for ax, (change, layer, direction) in zip(axes, movement(stages["pretrained"], stages["finetuned"]), strict=False):
+        for stage, color in (("pretrained", GREY), ("finetuned", RED)):
+            curve = np.abs(stages[stage][layer, direction])
+            ax.plot(np.arange(len(curve)) * (-1, 1)[direction], curve / curve.max(), color=color, lw=1)
+        ax.set(title=f"layer {layer}, {('forward', 'backward')[direction]}: {change:.1%}", xlabel="relative position")
+    return drawing
+
+
+@example
+def draw_finetuned():
+    show(finetuned_figure)
+
+# %% [markdown]
+# Static kernels can be read like this because they do not depend on the input. That is the price of a BiGS layer, and its transparency.
+
+# %% [markdown]
+# ## 15. The command line
+#
+# How does one use this without reading it? Five commands, each with `--help`:
+#
+#     python annotated_bigs.py figures
+#     python annotated_bigs.py pretrain --size mini --corpus my_texts/ --output runs/mine
+#     python annotated_bigs.py finetune --model runs/mine --output runs/mine-pairs
+#     python annotated_bigs.py fill-mask "The function [MASK] a new array." --model runs/mine
+#     python annotated_bigs.py benchmark --size mini
+#
+# A command is a function; `tyro` reads its arguments and their help from its signature and docstring. The first
+# needs to know all figures of the document; they are the functions that have a caption.
+
+# %%
+def drawings() -> list[Callable]:
+    """All figures of the document, in order.
+
+    >>> [draw.name for draw in drawings()][:2]
+    ['discretization', 'fades']
+    """
+    return [value for value in list(globals().values()) if callable(value) and hasattr(value, "caption")]
+
+
+# %% [markdown]
+# The commands themselves are in [the appendix](#appendix-d-the-commands). None of them holds anything new: each
+# checks what it was given and calls what the rooms above have left.
+
+# %% [markdown]
+# ## 16. Results
+#
+# What came out, beside the paper's numbers? "Not run here" means what it says.
+#
+# | of the paper | the authors | here |
+# |---|---|---|
+# | parameters of the published model | 346,314,134 at length 128 | the same, [room 7](#7-the-encoder-and-its-heads) |
+# | Table 1, GLUE, test average of the 97-billion-token model | 83.0, BERT-Large 83.0 (the authors' slides) | not run here |
+# | Table 2, SQuAD F1 | 89.5 | not run here |
+# | Table 3, SCROLLS | 32.8 and 71.4 at 4096 | not run here |
+# | Table 4, agreement tests | 79.1 to 100 | not run here |
+# | Table 8, operations | eight numbers | all eight, [room 7](#7-the-encoder-and-its-heads) |
+# | Figure 3, kernels | 23 layers of `large` | `tiny`, [room 14](#14-looking-at-kernels) |
+# | Figure 4, kernels in fine-tuning | layers 14, 18, 17 | `tiny`, [room 14](#14-looking-at-kernels) |
+# | Figures 5 to 10 | | not run here |
+#
+# ### Where paper, published code and this document differ
+#
+# | the paper or the authors' code | this document | proof |
+# |---|---|---|
+# | equation (9) without normalization; the code normalizes first | as the code; `pre_norm=False` for the other | `tests/test_published.py` |
+# | no normalization after the last layer | as the code | `tests/test_published.py` |
+# | padding passes through the convolutions | silent, unless `mask_padding=False` | `tests/test_model.py` |
+# | weight decay reaches poles and steps | option `ssm_decay`, off in our recipes | `make_optimizer` |
+# | masks are drawn once, offline | anew for every step, from (seed, step) | `tests/test_training.py` |
+# | logits of all positions | of the masked ones; the loss is the same | `tests/test_model.py` |
+# | every example of a device shares a dropout mask | each has its own | `tests/test_model.py` |
+# | warm-up of 1 % in the paper's table, 2 % in the documented run | 2 % | `schedule` |
+# | the FFT | one Toeplitz matrix, or blocks | `tests/test_convolution.py` |
+# | the text says that BiGS costs less than BERT at 128 tokens; its Table 8 says more | more, by 2 % | `operations` |
+# | STACK and attention variants were never released | our definitions, [room 6](#6-gating) | `RIVALS` |
+#
+# ### Exercises
+#
+# 1. *A pole at $-0.5$ and a step of $0.01$: after how many tokens has half of it faded?* After
+#    $\ln 2 / 0.005 \approx 139$; that is longer than the rows we train on: `138 < np.log(2) / 0.005 < 139`.
+# 2. *Which kernel makes the SSM pass its input through unchanged?* An impulse at lag 0, or none at all and `D = 1`; this is how
+#    the SSM of a fresh layer starts, plus a random kernel.
+# 3. *How many multiplications does the Toeplitz product need for one channel of 128 tokens, and the blocks with
+#    $Q = 128$?* The same: with a single block there is no past. `-(-128 // 128) == 1`.
+# 4. *Why must the FFT be padded?* The product of two spectra wraps around: without padding, the last token speaks to the first. The two agree only if
+#    the kernel is shorter than the padding, which at $2L$ it always is.
+#
+# ### References
+#
+# - J. Wang, J. N. Yan, A. Gu, A. M. Rush: [Pretraining Without Attention](https://arxiv.org/abs/2212.10544). Findings of EMNLP 2023.
+# - A. Gu, A. Gupta, K. Goel, C. Ré: [On the Parameterization and Initialization of Diagonal State Space Models](https://arxiv.org/abs/2206.11893). 2022.
+# - A. Gu, K. Goel, C. Ré: [Efficiently Modeling Long Sequences with Structured State Spaces](https://arxiv.org/abs/2111.00396). 2021.
+# - A. Gu, T. Dao, S. Ermon, A. Rudra, C. Ré: [HiPPO: Recurrent Memory with Optimal Polynomial Projections](https://arxiv.org/abs/2008.07669). 2020.
+# - T. Dao, A. Gu: [Transformers are SSMs](https://arxiv.org/abs/2405.21060), on state-space duality. 2024.
+# - J. Devlin, M.-W. Chang, K. Lee, K. Toutanova: [BERT](https://arxiv.org/abs/1810.04805). 2018.
+# - S. Rush, S. Karamcheti: [The Annotated S4](https://srush.github.io/annotated-s4/). 2022.
+
+# %% [markdown]
+# ## Appendix A. Text of your own
+#
+# Text of your own comes from a file, or a folder of files: plain text with a blank line between
+# documents, or JSON lines with a field `text`, either compressed or not. What cannot be read is named with its line.
+
+# %% tags=["appendix"]
+def open_text(file: Path):
+    """Open a text file, compressed (.gz, .xz) or not, as UTF-8."""
+    import gzip
+    import lzma
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+    return opener(file, "rt", encoding="utf-8")
+
+
+def read_documents(file: Path) -> Iterator[Document]:
+    """Documents of one text or JSON-lines file.
+
+    Raises UserError that names file and line where something is not text, not JSON, or lacks "text".
+
+    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "two.txt"
+    >>> _ = file.write_text("A first text,\\non two lines.\\n\\n\\nA second one.")
+    >>> [document.text for document in read_documents(file)]
+    ['A first text, on two lines.', 'A second one.']
+    """
+    lines, number = [], 0
+    try:
+        with open_text(file) as text:
+            for number, line in enumerate(text, 1):
+                if "\0" in line:
+                    raise UserError(f"{file}, line {number}: binary data, not text; give a text file")
+                if ".jsonl" in file.name:
+                    yield Document(file.name, json.loads(line)["text"])
+                elif line.strip():
+                    lines.append(line.strip())
+                elif lines:
+                    yield Document(file.name, " ".join(lines))
+                    lines = []
+    except UnicodeDecodeError:
+        raise UserError(f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv") from None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise UserError(f'{file}, line {number}: not a JSON object with a field "text"') from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from None
+    if lines:
+        yield Document(file.name, " ".join(lines))
+
+
+# %% [markdown]
+# Every sixteenth document of such a corpus is held out.
+
+# %% tags=["appendix"]
+def load_corpus(source: str | None = None, megabytes: float = 2000) -> Corpus:
+    """The corpus at a path or hub name, up to so many megabytes of text; the embedded English for None.
+
+    >>> load_corpus("no/such/file.txt")
+    Traceback (most recent call last):
+    annotated_bigs.UserError: corpus: no/such/file.txt does not exist; give a text file, a folder, or a name on the hub
+    """
+    if source is None:
+        return embedded_english()
+    path = Path(source)
+    if not path.exists() and (source.count("/") != 1 or "." in path.suffix):
+        raise UserError(f"corpus: {source} does not exist; give a text file, a folder, or a name on the hub")
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    found = (d for f in files for d in read_documents(f)) if path.exists() else stream_documents(source)
+    kept, size = [], 0
+    for document in found:
+        kept.append(document)
+        size += len(document.text)
+        if size > megabytes * 1e6:
+            break
+    if len(kept) < 16:
+        raise UserError(f"corpus: {source} holds {len(kept)} documents; at least 16 are needed, "
+                         "separated by blank lines or one JSON object a line")
+    return Corpus([d for i, d in enumerate(kept) if i % 16], kept[::16], source)
+
+
+# %% [markdown]
+# ## Appendix B. How close to the hardware?
+#
+# What do the algorithms of room 5 cost here, and how much of a training step is lost around its matrix products?
+# First the convolutions, forward, as time a token relative to the Toeplitz product at 128 tokens.
+
+# %% tags=["appendix"]
+def median_seconds(function: Callable, *arguments, repeats: int = 7) -> float:
+    """Median wall time of a compiled call, in seconds, after one call that compiles.
+
+    >>> median_seconds(jax.jit(lambda x: x + 1), 1.0) > 0
+    True
+    """
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+@example
+def time_convolutions():
+    ssm = SSM(64, "hippo", nnx.Rngs(0)).diagonal()
+    print("tokens  toeplitz  blocks    fft    (time a token; toeplitz at 128 tokens = 1)")
+    unit = None
+    for L in (128, 512, 2048):
+        u = jnp.ones((L, 512))
+        run = lambda a, u=u: median_seconds(jax.jit(lambda x: convolve(x, ssm, True, a)), u) / len(u)
+        row = [run(a) for a in ("toeplitz", "blocks", "fft")]
+        unit = unit or row[0]
+        print(f"{L:6d} " + "".join(f"{seconds / unit:8.1f}" for seconds in row))
+
+# %% [markdown]
+# Then the training step. These are its products, to be run alone in the same shapes: once for the forward pass,
+# and twice as much again for the backward pass.
+
+# %% tags=["appendix"]
+def product_shapes(config: Config, batch: int, L: int) -> list[tuple[int, int, int, int]]:
+    """The forward pass's matrix products of a gated model: (how many, rows, inner, columns).
+
+    >>> int(sum(n * 2 * a * b * c for n, a, b, c in product_shapes(tiny, 1, 128)) > operations(tiny, 128))
+    1
+    """
+    d, wide, tokens, asked = config.hidden_size, config.intermediate_size, batch * L, batch * -(-20 * L // 128)
+    layers = config.num_hidden_layers
+    return [(2 * layers, tokens, d, wide), (layers, tokens, wide, d), (4 * layers, tokens, d, d),
+            (2 * layers, L, L, batch * d), (1, asked, d, d), (1, asked, d, config.vocab_size)]
+
+
+# %% [markdown]
+# Step and products alternate, so that both meet the same moods of the machine.
+
+# %% tags=["appendix"]
+def step_share(config: Config, recipe: Recipe, repeats: int = 5) -> dict[str, float]:
+    """Seconds of a training step and of its products alone, alternating, as medians of `repeats`."""
+    L, rng = recipe.length, np.random.default_rng(0)
+    rows = Rows(rng.integers(5, config.vocab_size, (recipe.batch, L)), config.vocab_size, 4, (0, 2, 3))
+    batch, state, step = batch_at(rows, recipe.batch, 0, 0), fresh_state(config, recipe), make_step(recipe)
+    product, shapes = jax.jit(jnp.matmul), product_shapes(config, recipe.batch, L)
+    factors = [(jnp.ones((a, b)), jnp.ones((b, c))) for _, a, b, c in shapes]
+    pairs = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state, loss = step(state, batch)
+        jax.block_until_ready(loss)
+        seconds = time.perf_counter() - start
+        alone = sum(3 * n * median_seconds(product, *f, repeats=3)
+                    for (n, *_), f in zip(shapes, factors, strict=True))
+        pairs.append((seconds, alone))
+    seconds, alone = np.array(pairs[1:]).T
+    work = 3 * sum(n * 2 * a * b * c for n, a, b, c in shapes)
+    return {"step_seconds": float(np.median(seconds)), "products_seconds": float(np.median(alone)),
+            "ratio": float(np.median(seconds / alone)),
+            "tokens_per_second": float(recipe.batch * L / np.median(seconds)),
+            "products_gigaflops": float(work / np.median(alone) / 1e9)}
+
+
+@example
+def measure_step():
+    share = step_share(tiny, RECIPES["demonstration"])
+    keep_results(RESULTS, step=share)
+    print(f"a step of {tiny.num_hidden_layers} layers takes {share['ratio']:.2f} times its own matrix products, "
+          f"{share['tokens_per_second']:,.0f} tokens a second")
+
+# %% [markdown]
+# The ratio says how far the step is from what the hardware allows. It was measured in one run with its own
+# products, because machines differ and so do their moods.
+
+# %% [markdown]
+# ## Appendix C. A TPU without a TPU
+#
+# Does that step fit into one chip of a TPU v5e? The TPU's compiler can be asked without a TPU: the package `libtpu`,
+# an optional extra, contains it, and it plans the memory of whatever it compiles. Its answer is kept in
+# `data/memory.json`; `python annotated_bigs.py benchmark --tpu v5e` asks again.
+
+# %% tags=["appendix"]
+def choose(table: dict[str, Any], field: str, name: str) -> Any:
+    """The entry of a table, or an error that lists the choices.
+
+    >>> choose(SIZES, "size", "huge")
+    Traceback (most recent call last):
+    annotated_bigs.UserError: size: 'huge' does not exist; choose one of tiny, mini, base, large
+    """
+    if name not in table:
+        raise UserError(f"{field}: {name!r} does not exist; choose one of {', '.join(table)}")
+    return table[name]
+
+
+TPU_CHIPS = {"v5e": ("v5e:1x1", 16.0)}
+
+
+def plan_for_tpu(chip: str) -> dict[str, Any]:
+    """Compile the accelerator's training step for one TPU chip and return the compiler's memory plan, in GB.
+
+    >>> plan_for_tpu("v99")
+    Traceback (most recent call last):
+    annotated_bigs.UserError: tpu: 'v99' does not exist; choose one of v5e
+    """
+    topology, available = choose(TPU_CHIPS, "tpu", chip)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("tpu: this needs the TPU compiler; install it with: pip install libtpu")
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_LOG_DIR": "disabled",
+                        "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1))
+    where = jax.sharding.SingleDeviceSharding(described.devices[0])
+    config, recipe, _ = recipe_for("tpu")
+    place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+    state = place(jax.eval_shape(lambda: fresh_state(config, recipe)))
+    shape = lambda width: jax.ShapeDtypeStruct((recipe.batch, width), jnp.int32, sharding=where)
+    batch = Batch(shape(recipe.length), shape(20), shape(20))
+    plan = make_step(recipe).lower(state, batch).compile().memory_analysis()
+    used = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {"topology": topology, "model": "base", "batch": recipe.batch, "length": recipe.length,
+            "gigabytes": round(used / 1e9, 2), "available": available, **circumstances()}
+
+
+# %% [markdown]
+# ## Appendix D. The commands
+#
+# What does each command do beyond calling the rooms? It checks names and chooses defaults.
+
+# %% tags=["appendix"]
+def command_figures() -> None:
+    """Redraw every figure into figures/, Figures 3 and 4 from the kernels kept in data/."""
+    for draw in drawings():
+        show(draw)
+
+
+def command_pretrain(output: Path, size: str = "mini", recipe: str = "documented", corpus: str | None = None,
+                     steps: int | None = None, batch: int | None = None, seed: int = 0, resume: bool = False) -> None:
+    """Pretrain a model by masked language modelling.
+
+    Args:
+        output: folder for checkpoints, log and the finished model.
+        size: tiny, mini, base or large (the paper's).
+        recipe: documented (the authors' run), demonstration (minutes on a CPU) or quarter-hour.
+        corpus: text file, JSON-lines file, folder of such, or a data set's name on the hub; default: embedded English.
+        steps: another number of steps than the recipe's (the paper: 100,000 and more).
+        batch: another number of sequences in a batch (the paper: 760 to 1136).
+        seed: decides the start, the masks and the order of the text.
+        resume: go on with the run in the output folder.
+    """
+    config, plan = choose(SIZES, "size", size), choose(RECIPES, "recipe", recipe)
+    plan = replace(plan, seed=seed, **{k: v for k, v in (("steps", steps), ("batch", batch)) if v is not None})
+    text = load_corpus(corpus)
+    tokenizer = train_tokenizer([d.text for d in text.train], min(config.vocab_size, 8192))
+    data = make_dataset(text, tokenizer, plan.length)
+    run = pretrain(replace(config, vocab_size=len(tokenizer)), plan, data, output, resume)
+    print(f"{output}: held-out loss {run.history[-1]['heldout']:.3f} after {plan.steps} steps")
+
+
+# %% [markdown]
+# The other three use what rooms 8 to 13 left.
+
+# %% tags=["appendix"]
+def load_tokenizer(name: str):
+    """The tokenizer saved with a model, or BERT's for the published models, which come without one."""
+    from transformers import AutoTokenizer
+    folder = Path(name)
+    if folder.exists() and not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder}: tokenizer.json is missing; copy it from the model it was trained with")
+    try:
+        return AutoTokenizer.from_pretrained(name if folder.exists() else "bert-large-uncased")
+    except OSError:
+        raise UserError(f"{name}: its tokenizer cannot be fetched from the hub; "
+                        "pass the path of a model folder") from None
+
+
+def command_fill_mask(text: str, /, model: str = str(RUNS / "tiny"), top: int = 10) -> None:
+    """Show the likeliest words for every [MASK] of a text.
+
+    Args:
+        text: a text with at least one [MASK].
+        model: folder or hub name, e.g. JunxiongWang/BiGS_128; default: what the document trained.
+        top: how many words.
+    """
+    network, tokenizer = from_pretrained(model, "masked_lm"), load_tokenizer(model)
+    for number, words in enumerate(fill_mask(network, tokenizer, text, top), 1):
+        print(f"[MASK] {number}")
+        for word, p in words:
+            print(f"  {word:20s}{p:9.4%}")
+
+
+# %% [markdown]
+# Fine-tuning and timing:
+
+# %% tags=["appendix"]
+def command_finetune(output: Path, model: str = str(RUNS / "tiny"), seed: int = 0) -> None:
+    """Fine-tune a model on the embedded sentence-pair task (GLUE has not been connected yet).
+
+    Args:
+        output: folder for the fine-tuned model.
+        model: folder or hub name of a pretrained model; default: what the document trained.
+        seed: decides the head and the order of the pairs.
+    """
+    start, tokenizer = from_pretrained(model, "masked_lm"), load_tokenizer(model)
+    train, test = (encode_pairs(pairs, tokenizer) for pairs in pair_task())
+    tuned = finetune(classifier_on(start, Pairs(*(a[:64] for a in train)), seed), train, seed)
+    save_pretrained(tuned, output)
+    tokenizer.save_pretrained(output)
+    print(f"{output}: accuracy {accuracy(tuned, test):.1%} on {len(test.labels)} held-out pairs; word overlap alone "
+          f"{overlap_baseline(*pair_task()):.1%}")
+
+
+def command_benchmark(size: str = "tiny", batch: int = 16, tpu: str | None = None) -> None:
+    """Time a training step beside its own matrix products, or plan the memory of `base` on a TPU.
+
+    Args:
+        size: tiny, mini, base or large.
+        batch: sequences of 128 in a batch.
+        tpu: instead of timing, compile for one TPU chip without having one: v5e (needs the package libtpu).
+    """
+    config = choose(SIZES, "size", size)
+    if tpu is not None:
+        print(json.dumps(plan_for_tpu(tpu), indent=2))
+    else:
+        print(json.dumps(step_share(config, replace(RECIPES["demonstration"], batch=batch)), indent=2))
+
+
+# %% [markdown]
+# `main` hands over to `tyro` and is the one place where a user's mistake becomes a line instead of a traceback, with exit status 2.
+
+# %% tags=["appendix"]
+COMMANDS = {"figures": command_figures, "pretrain": command_pretrain, "finetune": command_finetune,
+            "fill-mask": command_fill_mask, "benchmark": command_benchmark}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command.
+
+    >>> main(["pretrain", "--output", "runs/x", "--size", "huge"])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
+    import tyro
+    keep_memory()
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="annotated_bigs.py", args=arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# %% [markdown]
+# ## Appendix E. What was made
+#
+# What lies where now, and how long did each part take?
+
+# %% tags=["appendix"]
+@example
+def what_was_made():
+    rows = [("embedded English", describe_english, "in memory"),
+            ("vocabulary, masked rows", describe_batch, "runs/tiny/tokenizer.json"),
+            ("pretrained model", live, "runs/tiny/flax_model.msgpack"),
+            ("fine-tuned models, accuracies", compare_pairs, "data/tiny.json"),
+            ("Figure 3", draw_kernels, "figures/kernels.png"),
+            ("Figure 4", draw_finetuned, "figures/finetuned.png"),
+            ("share of matrix products", measure_step, "data/tiny.json")]
+    named = [function for _, function, _ in rows]
+    others = [f for f in list(globals().values()) if getattr(f, "seconds", None) and f not in named]
+    for what, function, where in rows:
+        print(f"{what:32s}{where:32s}{function.seconds:7.1f} s")
+    print(f"{'the other figures and examples':32s}{'figures/':32s}{sum(f.seconds for f in others):7.1f} s")
+    print(f"{'everything':64s}{time.perf_counter() - START:7.1f} s")
+
+# %% [markdown]
+# Under a command, the command runs now.
+
+# %% tags=["appendix"]
+if __name__ == "__main__" and not READING:
+    main()

@@ -1,0 +1,118 @@
+"""The command line as a user meets it: every command at tiny size, and every mistake as one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of what the commands need, so that nothing is written into the repository."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "annotated_bigs.py", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    corpus = "\n\n".join(f"The sum of {i} and {i + 1} is an odd number. It is not even." for i in range(900))
+    (folder / "corpus.txt").write_text(corpus)
+    return folder
+
+
+def run(project, *arguments, timeout=900):
+    return subprocess.run([sys.executable, "annotated_bigs.py", *arguments], cwd=project, capture_output=True,
+                          text=True, timeout=timeout, env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"})
+
+
+PRETRAIN = ("pretrain", "--size", "tiny", "--recipe", "demonstration", "--batch", "2")
+FILL = ("fill-mask", "a [MASK] b")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"), "corpus: missing.txt does not exist"),
+    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"), "holds 0 documents"),
+    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "binary.txt"), "line 1: binary data"),
+    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "latin.txt"), "not UTF-8"),
+    (("pretrain", "--output", "runs/bad", "--size", "huge"), "size: 'huge' does not exist; choose one of tiny"),
+    (("pretrain", "--output", "runs/bad", "--recipe", "soup"), "recipe: 'soup' does not exist"),
+    ((*PRETRAIN, "--output", "runs/bad", "--steps", "0"), "steps: 0 is not positive"),
+    ((*FILL, "--model", "no/folder/here"), "no such folder, and the hub does not give it"),
+    ((*FILL, "--model", "halfmodel"), "flax_model.msgpack is missing"),
+    ((*FILL, "--model", "data"), "config.json is missing"),
+    (("benchmark", "--tpu", "v99"), "tpu: 'v99' does not exist"),
+])
+def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
+    (project / "empty.txt").write_text("")
+    (project / "binary.txt").write_bytes(b"\0\1\2")
+    (project / "latin.txt").write_bytes("Stra\xdfe\n\n".encode("latin1") * 40)
+    (project / "halfmodel").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests" / "golden" / "mlm" / "config.json", project / "halfmodel")
+    result = run(project, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not (project / "runs" / "bad").exists() and not result.stdout
+
+
+def test_unknown_command_and_help(project):
+    assert run(project, "dance").returncode == 2
+    for command in ("figures", "pretrain", "finetune", "fill-mask", "benchmark"):
+        result = run(project, command, "--help")
+        assert result.returncode == 0 and "usage" in result.stdout
+
+
+def test_figures_are_redrawn(project):
+    result = run(project, "figures")
+    assert result.returncode == 0, result.stderr
+    drawn = {path.name for path in (project / "figures").glob("*.png")}
+    assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")} and len(drawn) >= 8
+
+
+@pytest.mark.slow
+def test_pretrain_resume_fill_mask_finetune(project):
+    tiny = (*PRETRAIN, "--corpus", "corpus.txt", "--output", "runs/mine", "--steps", "3")
+    first = run(project, *tiny)
+    assert first.returncode == 0, first.stderr
+    assert "held-out loss" in first.stdout
+    assert run(project, *tiny).returncode == 2  # the folder holds a run
+    again = run(project, *tiny, "--resume")
+    assert again.returncode == 0, again.stderr
+    log = [json.loads(line) for line in (project / "runs/mine/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [0, 3, 3]
+    filled = run(project, "fill-mask", "The sum is an [MASK] number.", "--model", "runs/mine", "--top", "3")
+    assert filled.returncode == 0 and filled.stdout.count("%") == 3, filled.stderr
+    long = run(project, "fill-mask", "sum [MASK] " + "number " * 300, "--model", "runs/mine")
+    assert long.returncode == 2 and "reads at most 128" in long.stderr
+    unmasked = run(project, "fill-mask", "The sum.", "--model", "runs/mine")
+    assert unmasked.returncode == 2 and "no [MASK]" in unmasked.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_document_runs_without_network(project):
+    """The README's first command, after its installation."""
+    result = run(project, timeout=1500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "everything" in result.stdout.splitlines()[-1]
+    found = json.loads((project / "data" / "tiny.json").read_text())
+    heldout = [record["heldout"] for record in found["history"] if "heldout" in record]
+    assert heldout[0] > 8.9 and heldout[-1] < 6.2 and sorted(heldout, reverse=True) == heldout
+    assert found["pairs"]["accuracy"]["pretrained"][0] > 0.5
+    assert found["step"]["ratio"] < 2, "a training step takes more than twice its own matrix products"
+    assert len(list((project / "figures").glob("*.png"))) == len(list((ROOT / "figures").glob("*.png")))
+    assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
+    filled = run(project, "fill-mask", "The function [MASK] a new array.")
+    assert filled.returncode == 0 and filled.stdout.count("%") == 10
+
+
+@pytest.mark.slow
+def test_the_step_fits_a_v5e(project):
+    pytest.importorskip("libtpu", reason="the TPU compiler, package libtpu, is not installed")
+    result = run(project, "benchmark", "--tpu", "v5e")
+    assert result.returncode == 0, result.stderr[-3000:]
+    plan, kept = json.loads(result.stdout), json.loads((ROOT / "data" / "memory.json").read_text())
+    assert plan["gigabytes"] < 0.9 * plan["available"]
+    assert abs(plan["gigabytes"] - kept["gigabytes"]) < 0.2 * kept["gigabytes"]

@@ -1,0 +1,140 @@
+"""The model's structure: what hears what, counts, padding, symmetry, and equal ways to the same numbers."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import annotated_bigs as bigs
+
+SMALL = replace(bigs.tiny, vocab_size=60, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+                max_position_embeddings=32, num_ssm=8)
+STACK = replace(SMALL, block="stack", intermediate_size=64)
+IDS = np.random.default_rng(0).integers(5, 60, (3, 12))
+
+
+def fresh(config, task="masked_lm", seed=0):
+    return bigs.BiGS(config, task, seed)
+
+
+def loud(model):
+    """The same model with larger weights, so that what layers do is not lost in the residual stream."""
+    return jax.tree.map(lambda w: 12 * w if w.ndim == 3 else w, model)
+
+
+CALL = jax.jit(lambda model, *inputs: model(*inputs))
+
+
+@pytest.mark.parametrize("task, shape", [
+    ("masked_lm", (3, 12, 60)), ("sequence_classification", (3, 2)), ("token_classification", (3, 12, 2))])
+@pytest.mark.parametrize("config", [SMALL, STACK])
+@pytest.mark.parametrize("routing", ["ssm", "attention", "none"])
+def test_shapes(task, shape, config, routing):
+    assert CALL(fresh(replace(config, routing=routing), task), IDS).shape == shape
+
+
+def test_shapes_of_the_other_heads():
+    start, end = CALL(fresh(SMALL, "question_answering"), IDS)
+    assert start.shape == end.shape == (3, 12)
+    assert CALL(fresh(SMALL, "multiple_choice"), np.stack([IDS, IDS], 1)).shape == (3, 2)
+
+
+def test_parameter_counts():
+    assert bigs.parameters(bigs.large) == 346_314_134
+    assert bigs.parameters(replace(bigs.large, max_position_embeddings=512)) == 346_707_350
+    assert bigs.parameters(bigs.base) == 116_303_466
+    assert bigs.parameters(replace(bigs.base, max_position_embeddings=4096)) - bigs.parameters(bigs.base) == 3968 * 768
+    d, N = 1024, 64
+    layer = bigs.parameters(bigs.large) - bigs.parameters(replace(bigs.large, num_hidden_layers=22))
+    assert layer == 13 * d * d + 2 * (4 * N + 2) + (2 * 3 * d + 5 * d) + 2 * d
+
+
+@pytest.mark.parametrize("config", [SMALL, STACK])
+@pytest.mark.parametrize("routing", ["ssm", "attention"])
+def test_padding_is_silent(config, routing):
+    model = loud(fresh(replace(config, routing=routing)))
+    alone = CALL(model, IDS)
+    padded = np.pad(IDS, [(0, 0), (0, 9)], constant_values=3)
+    mask = np.arange(21) < 12
+    mask = np.broadcast_to(mask, padded.shape)
+    together = CALL(model, padded, mask)[:, :12]
+    np.testing.assert_allclose(alone, together, atol=1e-5 * np.asarray(alone).std())
+    audible = loud(fresh(replace(config, routing="ssm", mask_padding=False)))
+    assert np.abs(CALL(audible, IDS) - CALL(audible, padded, mask)[:, :12]).max() > 1e-2 * np.asarray(alone).std()
+
+
+@pytest.mark.parametrize("kind", ["gated", "stack"])
+def test_a_layer_reads_both_directions_and_each_ssm_its_own(kind):
+    """Without the backward SSM no later token is heard, without the forward one no earlier one."""
+    config = SMALL if kind == "gated" else STACK
+    layer = (bigs.GatedLayer if kind == "gated" else bigs.StackLayer)(config, bigs.nnx.Rngs(0))
+    x, mask = jnp.asarray(np.random.default_rng(1).normal(size=(7, 1, 16)), jnp.float32), jnp.ones((7, 1), bool)
+
+    def heard():
+        J = jax.jacobian(lambda x: layer(x, mask))(x)
+        return np.abs(np.asarray(J)).max((1, 2, 4, 5)) > 0
+
+    assert heard().all()
+    layer.backward.C[...] = jnp.zeros_like(layer.backward.C[...])
+    assert np.array_equal(heard(), np.tril(np.ones((7, 7), bool)))
+    layer.forward.C[...] = jnp.zeros_like(layer.forward.C[...])
+    assert np.array_equal(heard(), np.eye(7, dtype=bool))
+
+
+def test_reversal_symmetry_of_the_gated_layer():
+    """Exchange the two branches and reverse the text: the output is reversed, and nothing else happens."""
+    layer = bigs.GatedLayer(SMALL, bigs.nnx.Rngs(0))
+    x, mask = jnp.asarray(np.random.default_rng(1).normal(size=(9, 2, 16)), jnp.float32), jnp.ones((9, 2), bool)
+    y = layer(x, mask)
+    layer.forward, layer.backward = layer.backward, layer.forward
+    layer.W_f, layer.W_b = layer.W_b, layer.W_f
+    layer.W_u1, layer.W_u2 = layer.W_u2, layer.W_u1
+    np.testing.assert_allclose(layer(x[::-1], mask)[::-1], y, atol=1e-5)
+
+
+def test_chosen_positions_are_those_of_all_logits():
+    model, positions = fresh(SMALL), np.array([[1, 4], [0, 11], [2, 2]])
+    some = jax.jit(bigs.masked_logits)(model, positions, IDS, np.ones(IDS.shape, bool))
+    every = CALL(model, IDS)
+    for b in range(3):
+        np.testing.assert_allclose(some[:, b], every[b, positions[b]], atol=1e-6)
+
+
+def test_scanned_unrolled_and_rematerialized_agree(monkeypatch):
+    model, ones = fresh(SMALL), np.ones(IDS.shape, bool)
+    loss = lambda m, **how: (bigs.masked_logits(m, np.array([[1], [2], [3]]), IDS, ones, **how) ** 2).sum()  # noqa: E731
+    plain = jax.jit(jax.grad(loss))(model)
+    remat = jax.jit(jax.grad(lambda m: loss(m, remat=True)))(model)
+    monkeypatch.setattr(bigs, "unrolled", lambda layers: 1)
+    scanned = jax.jit(jax.grad(lambda m: loss(m)))(model)
+    for a, b, c in zip(*map(jax.tree.leaves, (plain, remat, scanned)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a, c, rtol=1e-3, atol=1e-5)
+
+
+def test_every_example_has_its_own_dropout():
+    model = fresh(replace(SMALL, hidden_dropout_prob=0.5))
+    x = model.encoder(np.stack([IDS[0], IDS[0]]), np.ones((2, 12), bool), None, jax.random.key(0))
+    assert np.abs(x[:, 0] - x[:, 1]).max() > 0.01
+
+
+def test_bfloat16_is_near_float32():
+    wide = fresh(SMALL)
+    narrow = fresh(replace(SMALL, dtype="bfloat16"))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow))
+    a, b = CALL(wide, IDS), CALL(narrow, IDS)
+    assert np.abs(a - b).max() < 0.1 * np.asarray(a).std()
+
+
+def test_too_long_a_text_is_refused():
+    with pytest.raises(bigs.UserError, match="33 tokens, but this model reads at most 32"):
+        fresh(SMALL)(np.ones((1, 33), int))
+
+
+@pytest.mark.parametrize("field, value", [("scaling", "x"), ("block", "x"), ("convolution", "x"), ("dtype", "int8"),
+                                          ("pooler_type", "max")])
+def test_bad_config(field, value):
+    with pytest.raises(bigs.UserError, match=field):
+        bigs.Config(**{field: value})
