@@ -4,6 +4,8 @@ import importlib.util
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests compile hundreds of small programs and run each once: compile fast rather than well.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

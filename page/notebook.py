@@ -44,10 +44,18 @@ def strip(notebook) -> None:
     }
 
 
-def build(source: pathlib.Path, target: pathlib.Path, timeout: int) -> None:
-    """Write `target` only once every cell of `source` has run; a cell may take `timeout` s."""
-    notebook = jupytext.read(source, fmt="py:percent")
-    name_cells(notebook)
+def reuse(notebook, target: pathlib.Path) -> None:
+    """Take the outputs of the last build; only prose may have changed since."""
+    old = [c for c in nbformat.read(target, as_version=4).cells if c.cell_type == "code"]
+    new = [c for c in notebook.cells if c.cell_type == "code"]
+    if [c.source for c in old] != [c.source for c in new]:
+        raise SystemExit(f"{target.name}: code has changed since the last build; build without --text")
+    for fresh, built in zip(new, old, strict=True):
+        fresh.outputs, fresh.execution_count = built.outputs, built.execution_count
+
+
+def execute(notebook, source: pathlib.Path, timeout: int) -> None:
+    """Run every cell; one may take `timeout` seconds."""
     nbclient.NotebookClient(
         notebook,
         timeout=timeout,
@@ -56,6 +64,16 @@ def build(source: pathlib.Path, target: pathlib.Path, timeout: int) -> None:
         coalesce_streams=True,
         resources={"metadata": {"path": str(source.resolve().parent)}},
     ).execute()
+
+
+def build(source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool = False) -> None:
+    """Write `target` only once every cell of `source` has run, or, for `text`, has its old output."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    name_cells(notebook)
+    if text:
+        reuse(notebook, target)
+    else:
+        execute(notebook, source, timeout)
     strip(notebook)
     nbformat.validate(notebook)
     unfinished = target.with_suffix(".unfinished")
@@ -71,6 +89,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("target", type=pathlib.Path, nargs="?", help="default: beside source")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds a cell may take")
+    parser.add_argument("--text", action="store_true", help="only prose changed: keep the outputs")
     arguments = parser.parse_args()
     target = arguments.target or arguments.source.with_suffix(".ipynb")
-    build(arguments.source, target, arguments.timeout)
+    build(arguments.source, target, arguments.timeout, arguments.text)

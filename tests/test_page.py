@@ -105,3 +105,17 @@ def test_page_refuses_a_formula_it_cannot_convert(built):
 def test_what_would_be_fetched_is_noticed(tag):
     assert load("build").FETCHED.search(tag)
     assert not load("build").FETCHED.search('<img src="data:image/png;base64,x"> <a href="b">')
+
+
+def test_text_alone_can_be_renewed(built):
+    """Prose may change without running anything; code may not."""
+    script, target = built / "prose.py", built / "prose.ipynb"
+    target.write_bytes((built / "one.ipynb").read_bytes())
+    script.write_text(SCRIPT.replace("# # The Title", "# # Another Title"))
+    load("notebook").build(script, target, timeout=60, text=True)
+    old, new = (nbformat.read(built / name, as_version=4) for name in ("one.ipynb", "prose.ipynb"))
+    assert new.cells[0].source.startswith("# Another Title")
+    assert [c.get("outputs") for c in new.cells] == [c.get("outputs") for c in old.cells]
+    script.write_text(SCRIPT.replace("1 + 1", "1 + 2"))
+    with pytest.raises(SystemExit, match="code has changed"):
+        load("notebook").build(script, target, timeout=60, text=True)
