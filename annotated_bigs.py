@@ -1847,12 +1847,7 @@ def is_heldout(module: str) -> bool:
 
 @functools.cache
 def embedded_english() -> Corpus:
-    """Prose from the documentation strings of PACKAGES, split by module.
-
-    >>> corpus = embedded_english()
-    >>> {d.module for d in corpus.train} & {d.module for d in corpus.heldout}
-    set()
-    """
+    """Prose from the documentation strings of PACKAGES, split by module; gathered in `tests/test_text.py`."""
     documents = without_repeats(d for package in PACKAGES for d in docstrings(package))
     part = lambda heldout: [d for d in documents if is_heldout(d.module) == heldout]
     return Corpus(part(False), part(True), "documentation strings of " + ", ".join(PACKAGES))
@@ -2065,11 +2060,7 @@ def make_dataset(corpus: Corpus, tokenizer, L: int, heldout_rows: int = 256, bat
 
 @functools.cache
 def tiny_dataset() -> Dataset:
-    """The demonstration's data: embedded English, its own vocabulary, rows of 128.
-
-    >>> tiny_dataset().train.vocab_size, tiny_dataset().train.tokens.shape[1]
-    (8192, 128)
-    """
+    """The demonstration's data: embedded English, its own vocabulary, rows of 128."""
     corpus = embedded_english()
     tokenizer = train_tokenizer([d.text for d in corpus.train], tiny.vocab_size)
     return make_dataset(corpus, tokenizer, tiny.max_position_embeddings)
@@ -2154,8 +2145,8 @@ class Recipe:
 
 # %%
 RECIPES = {"documented": Recipe(remat=True),
-           "demonstration": Recipe(steps=1900, batch=8, learning_rate=2e-3, ssm_rate=1.5, ssm_decay=False,
-                                   weight_decay=0.01, warmup=0.05, save_every=950, evaluate_every=475),
+           "demonstration": Recipe(steps=2000, batch=8, learning_rate=1e-3, ssm_rate=2.0, ssm_decay=False,
+                                   weight_decay=0.01, warmup=0.05, save_every=1000, evaluate_every=500),
            "quarter-hour": Recipe(steps=3000, batch=256, learning_rate=1e-3, ssm_decay=False,
                                   weight_decay=0.01, warmup=0.05, save_every=500, evaluate_every=500, remat=True)}
 
@@ -2712,7 +2703,7 @@ class Pairs(NamedTuple):
     labels: Int[AnyArray, " n"]
 
 
-def encode_pairs(pairs: list[Pair], tokenizer, L: int = 48) -> Pairs:
+def encode_pairs(pairs: list[Pair], tokenizer, L: int = 64) -> Pairs:
     """Tokenize pairs to L tokens, cutting the longer sentence first.
 
     >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
@@ -2815,12 +2806,7 @@ def accuracy(model: BiGS, pairs: Pairs, batch: int = 64) -> float:
 # %%
 @functools.cache
 def pair_task() -> tuple[list[Pair], list[Pair]]:
-    """The demonstration's training and test pairs.
-
-    >>> train, test = pair_task()
-    >>> len(train) > 9000, len(test) > 900
-    (True, True)
-    """
+    """The demonstration's training and test pairs."""
     corpus = embedded_english()
     draw = lambda documents, *seeds: [pair for seed in seeds for pair in make_pairs(documents, seed, 6000)]
     return draw(corpus.train, 0, 1), draw(corpus.heldout, 2, 3, 4)

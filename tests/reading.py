@@ -306,7 +306,10 @@ def check_main_line(document: Document, most: int = 1200) -> list[str]:
 
 
 # What takes too long for a doctest; tests/ runs each of them.
-TESTED_AT_LENGTH = {"tiny_run", "tiny_finetuned", "keep_kernels", "pretrain", "save", "restore", "heldout_loss"}
+TESTED_AT_LENGTH = {
+    *("tiny_run", "tiny_finetuned", "keep_kernels", "pretrain", "save", "restore", "heldout_loss"),
+    *("embedded_english", "tiny_dataset", "pair_task"),
+}
 
 
 def check_doctests(document: Document, least: int = 60) -> list[str]:
