@@ -1926,7 +1926,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 8192):
     trained = tokenizer_with(models.WordPiece(unk_token="[UNK]"))
     trained.train_from_iterator(texts, trainers.WordPieceTrainer(
         vocab_size=vocab_size, show_progress=False,
-        special_tokens=special + [f"##{letter}" for letter in letters if letter.isalnum()]))
+        special_tokens=special + [f"##{letter}" for letter in letters if letter.isalnum() or ord(letter) > 127]))
     pieces = tokenizer_with(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
     return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]",
                                    cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")

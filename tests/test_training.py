@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,9 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path / "cut")
     monkeypatch.setattr(bigs, "make_step", make)
+    deadline = time.monotonic() + 60  # the checkpoint of step 5 is still being written in the background
+    while bigs.checkpoints(tmp_path / "cut").latest_step() != 5 and time.monotonic() < deadline:
+        time.sleep(0.5)
     again = bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path / "cut", resume=True)
     for a, b in zip(leaves(whole.model), leaves(again.model), strict=True):
         assert np.array_equal(a, b)
