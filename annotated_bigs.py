@@ -2835,8 +2835,9 @@ def compare_pairs():
 # %% [markdown]
 # The numbers stand as they came out, and they are modest: counting shared words does better than either model. Comparing two
 # sentences word by word is what attention does in one step; a convolution has to carry the first sentence through its
-# kernels to the second, and two million weights do not learn that from minutes of text. What they do learn needs no
-# comparison: a sentence that opens a documentation string rarely follows another. The first line against the second is
+# kernels to the second, and these runs did not get there. A cue that
+# needs no comparison is at hand, since a sentence that opens a documentation string rarely follows another; whether it
+# explains the first two lines was not measured. The first line against the second is
 # what pretraining adds, the second against the last what the labels alone can teach.
 #
 # GLUE itself has not been run here yet. These are the authors' numbers, from the notes to their code, on the development sets with the
