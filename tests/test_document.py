@@ -76,6 +76,12 @@ def test_names_in_prose_exist(document, bigs):
     assert reading.check_spans(document, vars(bigs), LIBRARIES, ALLOWED) == []
 
 
+def test_tests_named_in_prose_exist(document):
+    named = [span.split("::") for cell in document.prose for span in reading.spans(cell.source) if "::test" in span]
+    missing = [(file, test) for file, test in named if f"\ndef {test}(" not in (ROOT / file).read_text()]
+    assert len(named) > 15 and not missing
+
+
 def test_figures_carry_what_they_say(document, bigs):
     found = reading.figures(document)
     assert found

@@ -138,3 +138,92 @@ def test_too_long_a_text_is_refused():
 def test_bad_config(field, value):
     with pytest.raises(bigs.UserError, match=field):
         bigs.Config(**{field: value})
+
+
+# The call, as transformers' users know it
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bigs.train_tokenizer(["to be or not to be that is the question"] * 20, 60)
+
+
+TEXTS = ["to be", "or not to be that is the question", "question"]
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_what_a_tokenizer_returns_goes_in(tokenizer, mask_padding):
+    """A text gets the same answer alone and padded in a batch of any size."""
+    model = fresh(replace(SMALL, mask_padding=mask_padding))
+    together = tokenizer(TEXTS, padding=True, return_tensors="np")
+    logits = model(**together)
+    assert logits.shape == (*together["input_ids"].shape, 60) and logits.dtype == jnp.float32
+    for row, text in enumerate(TEXTS):
+        inputs = tokenizer(text, return_tensors="np")
+        alone = model(**inputs)
+        np.testing.assert_allclose(alone[0], logits[row, :inputs["input_ids"].shape[1]], atol=1e-6)
+
+
+def test_batches_of_any_size_and_lists():
+    model = fresh(SMALL)
+    every = model(IDS)
+    for size in (1, 2, 3):
+        np.testing.assert_allclose(model(IDS[:size]), every[:size], atol=1e-6)
+    np.testing.assert_allclose(model(IDS.tolist()), every, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_one_compilation_for_each_shape(monkeypatch, mask_padding):
+    traced, once = [], bigs.Encoder.__call__
+    count = lambda self, ids, *rest: traced.append(ids.shape) or once(self, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(bigs.Encoder, "__call__", count)
+    config = replace(SMALL, mask_padding=mask_padding, vocab_size=61)  # a program that no other test has compiled
+    model, other = fresh(config), fresh(config, seed=1)
+    for _ in range(2):
+        model(IDS)
+        model(IDS, np.ones_like(IDS))
+        model(IDS, np.ones_like(IDS), np.zeros_like(IDS))
+        other(IDS)
+    assert len(traced) == 1
+    model(IDS[:2])
+    model(IDS[:, :5])
+    assert len(traced) == 3
+
+
+@pytest.mark.parametrize("ids, message", [
+    (np.array([[3, 60]]), "60 is none of this model's 60 words"), (np.ones(5, int), "shape .5,., but this task reads"),
+    (np.ones((1, 2, 5), int), "but this task reads .batch, length.")])
+def test_ids_that_no_model_can_read(ids, message):
+    with pytest.raises(bigs.UserError, match=message):
+        fresh(SMALL)(ids)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\[3,7\].*\[3,12\]"):
+        fresh(SMALL)(IDS, np.ones((3, 7), int))
+
+
+# Operations
+
+
+@pytest.mark.parametrize("name", bigs.RIVALS)
+@pytest.mark.parametrize("convolution, L", [("fft", 128), ("fft", 4096), ("toeplitz", 128), ("toeplitz", 1024),
+                                            ("blocks", 1024), ("blocks", 4096), ("auto", 128), ("auto", 4096)])
+def test_operations_are_those_that_the_compiler_finds(name, convolution, L):
+    """One layer of each architecture, as it is compiled: all its operations, 3 % of them outside what we count."""
+    config = replace(bigs.RIVALS[name], num_hidden_layers=1, convolution=convolution)
+    if config.routing != "ssm" and convolution != "auto":
+        pytest.skip("nothing is convolved")
+    kind = bigs.GatedLayer if config.block == "gated" else bigs.StackLayer
+    layer = jax.eval_shape(lambda: kind(config, bigs.nnx.Rngs(0)))
+    x, mask = jax.ShapeDtypeStruct((L, 1, 1024), jnp.float32), jax.ShapeDtypeStruct((L, 1), bool)
+    compiled = jax.jit(lambda layer, x, mask: layer(x, mask)).lower(layer, x, mask).compile()
+    assert bigs.operations(config, L, convolution) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
+
+
+def test_operations_reproduce_table_8():
+    paper = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11), 4096: (2.6e12, 4.1e12)}
+    for L, numbers in paper.items():
+        assert tuple(float(f"{bigs.operations(config, L):.1e}") for config in (bigs.large, bigs.bert)) == numbers
+    with pytest.raises(bigs.UserError, match="convolution: 'slow' is unknown"):
+        bigs.operations(bigs.large, 128, "slow")

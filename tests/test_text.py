@@ -79,6 +79,21 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         bigs.load_corpus(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["owner/texts", "wikimedia/wikipedia:20231101.en"])
+def test_a_name_on_the_hub_is_streamed(name, monkeypatch):
+    texts = [f"Text number {i} is not long." for i in range(40)]
+    hub = {name: [bigs.Document("m", text) for text in texts]}
+    monkeypatch.setattr(bigs, "stream_documents", lambda wanted: iter(hub[wanted]))
+    corpus = bigs.load_corpus(name)
+    assert len(corpus.train) + len(corpus.heldout) == 40
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "folder/texts.txt", "no/such/folder", "/data/texts"])
+def test_a_missing_file_is_no_name_on_the_hub(name):
+    with pytest.raises(bigs.UserError, match="does not exist"):
+        bigs.load_corpus(name)
+
+
 def test_packing_keeps_every_token():
     texts = ["one two three four"] * 50
     tokenizer = bigs.train_tokenizer(texts, 60)

@@ -153,6 +153,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    old = [{"step": 0, "heldout": 9.0}, {"step": 10, "loss": 8.0}]  # killed before a checkpoint was finished
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+    history = bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path, resume=True).history
+    assert [record["step"] for record in history if "heldout" in record] == [0, 6, 12]
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}")
     with pytest.raises(bigs.UserError, match="--resume"):
