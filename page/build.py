@@ -18,16 +18,24 @@ ROOT = HERE.parent
 FETCHED = re.compile(r'<(?:img|script|link|iframe|source)\b[^>]*\b(?:src|href)="(?!data:)[^"]*"')
 
 
-def repository(notebook: pathlib.Path) -> str:
+def repository(content: dict) -> str:
     """The public address that the document's constant REPOSITORY holds, "" while unset."""
-    cells = json.loads(notebook.read_text())["cells"]
-    sources = "\n".join("".join(cell["source"]) for cell in cells)
+    sources = "\n".join("".join(cell["source"]) for cell in content["cells"])
     found = re.search(r'^REPOSITORY = "(.*)"', sources, re.MULTILINE)
     return found[1] if found else ""
 
 
+def without_captions(content: dict) -> dict:
+    """A notebook shows a caption as text below its figure; the page has it in the figure already."""
+    for cell in content["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if "text/markdown" not in o.get("data", {})]
+    return content
+
+
 def build(notebook: pathlib.Path, target: pathlib.Path) -> None:
     """Write the page, or raise if a formula cannot be converted or anything stays outside."""
+    content = without_captions(json.loads(notebook.read_text()))
     command = [
         pypandoc.get_pandoc_path(),
         *("--from", "ipynb+tex_math_dollars+gfm_auto_identifiers+smart", "--to", "html5"),
@@ -36,11 +44,10 @@ def build(notebook: pathlib.Path, target: pathlib.Path) -> None:
         f"--template={HERE / 'template.html'}",
         f"--css={HERE / 'style.css'}",
         f"--lua-filter={HERE / 'filter.lua'}",
-        f"--metadata=repository:{repository(notebook)}",
+        f"--metadata=repository:{repository(content)}",
         f"--resource-path={notebook.resolve().parent}",
-        str(notebook),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(content), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"pandoc could not render {notebook}:\n{done.stderr}")
     if outside := FETCHED.findall(done.stdout):

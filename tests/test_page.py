@@ -22,14 +22,14 @@ SCRIPT = r'''# %% [markdown]
 import base64
 import sys
 
-from IPython.display import Image, display
+from IPython.display import Image, Markdown, display
 
 print("measured")
 print("a bar of progress", file=sys.stderr)
 DOT = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-display(Image(DOT, metadata={"alt": "A dot", "caption": "**Figure 1.** A dot, $d$."}))
+display(Image(DOT, metadata={"alt": "A dot", "caption": "**Figure 1.** A dot, $d$."}), Markdown("*A dot.*"))
 
 # %% [markdown]
 # ## Appendix A. Tools
@@ -66,7 +66,8 @@ def test_two_builds_are_the_same(built):
 def test_notebook_keeps_tags_alt_texts_and_what_was_printed(built):
     cells = nbformat.read(built / "one.ipynb", as_version=4).cells
     assert [cell.metadata for cell in cells] == [{}, {}, {}, {"tags": ["appendix"]}]
-    printed, image = cells[1].outputs
+    printed, image, caption = cells[1].outputs
+    assert caption.data["text/markdown"] == "*A dot.*"
     assert printed.text == "measured\n"
     assert image.metadata["image/png"]["alt"] == "A dot"
 
@@ -89,6 +90,7 @@ def test_page_stands_alone(built):
     # The table of contents leads to the rooms.
     assert 'href="#0-front"' in page and 'id="0-front"' in page
     assert page.count("<summary>Code</summary>") == 1
+    assert "IPython.core" not in page and "<em>A dot.</em>" not in page
     assert "test_page.py" not in page  # a link that leads nowhere while there is no address
 
 
