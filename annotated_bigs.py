@@ -961,7 +961,7 @@ def convolve_blocks(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, block: i
 # The work is linear in $L$, and only $Q$ samples of the kernel are ever computed. The papers on
 # [state-space duality](https://arxiv.org/abs/2405.21060) split systems that change with time in the same way; ours
 # does not change, so its matrices are the same for every block and every sentence. Counted in operations, for one
-# channel and one direction:
+# channel and one direction, and for up to 64 blocks (the loop beyond does less than the last term says):
 
 # %%
 def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) -> float:
