@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ FILL = ("fill-mask", "a [MASK] b")
 
 @pytest.mark.parametrize("arguments, message", [
     ((*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"), "corpus: missing.txt does not exist"),
-    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"), "holds 0 documents"),
+    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"), "empty.txt holds no document"),
     ((*PRETRAIN, "--output", "runs/bad", "--corpus", "binary.txt"), "line 1: binary data"),
     ((*PRETRAIN, "--output", "runs/bad", "--corpus", "latin.txt"), "not UTF-8"),
     (("pretrain", "--output", "runs/bad", "--size", "huge"), "size: 'huge' does not exist; choose one of tiny"),
@@ -66,7 +67,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
 
 def test_unknown_command_and_help(project):
     assert run(project, "dance").returncode == 2
-    for command in ("figures", "pretrain", "finetune", "fill-mask", "benchmark"):
+    for command in ("figures", "pretrain", "export", "compare", "finetune", "fill-mask", "benchmark"):
         result = run(project, command, "--help")
         assert result.returncode == 0 and "usage" in result.stdout
 
@@ -154,3 +155,24 @@ def test_the_whole_document_runs_without_network(project):
     assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
     filled = run(project, "fill-mask", "The function [MASK] a new array.")
     assert filled.returncode == 0 and filled.stdout.count("%") == 10
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_text_starts_at_once(project, tmp_path, monkeypatch):
+    """From the command to the first step: text, vocabulary and compiled programs are there already."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    texts = [d.text for d in bigs.embedded_english().train]
+    with (project / "large.jsonl").open("w") as file:  # some 20 MB, no document twice
+        for turn in range(8):
+            for number, text in enumerate(texts):
+                file.write(json.dumps({"text": f"{turn} {number} {text}"}) + "\n")
+    seconds = []
+    for output in ("runs/first", "runs/second"):
+        start = time.perf_counter()
+        result = run(project, "pretrain", "--size", "mini", "--corpus", "large.jsonl", "--output", output,
+                     "--steps", "1", "--batch", "8", "--recipe", "demonstration")
+        assert result.returncode == 0, result.stderr
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 0.7 * seconds[0] and seconds[0] < 120
+    losses = [bigs.read_log(project / output)[-1]["heldout"] for output in ("runs/first", "runs/second")]
+    assert losses[0] == losses[1]

@@ -280,7 +280,7 @@ def operations_a_channel(way, L, d=64):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers count other things")
-@pytest.mark.parametrize("L, Q", [(300, 256), (4096, 256), (4096, 64), (2050, 128), (100, 256)])
+@pytest.mark.parametrize("L, Q", [(300, 256), (4096, 256), (4096, 64), (2050, 128), (100, 256), (130 * 64, 64)])
 def test_operations_of_blocks_are_the_compilers(L, Q):
     counted = operations_a_channel(lambda u, s: bigs.convolve_blocks(u, s, Q), L)
     assert counted == pytest.approx(bigs.convolution_operations("blocks", L, Q=Q), rel=0.03)

@@ -1,8 +1,4 @@
-"""The embedded English, corpora from files, packing, pairs."""
-
-import gzip
-import json
-import lzma
+"""The embedded English, packing, pairs."""
 
 import numpy as np
 import pytest
@@ -49,49 +45,6 @@ def test_two_vocabularies_of_one_text_are_equal(english):
     texts = [d.text for d in english.train[:3000]]
     first, second = (bigs.train_tokenizer(texts, 2000).get_vocab() for _ in range(2))
     assert first == second
-
-
-@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.xz", "jsonl", "jsonl.gz"])
-def test_files(tmp_path, suffix):
-    texts = [f"Text number {i} is\nnot long." for i in range(40)]
-    joined = "\n".join(json.dumps({"text": t}) for t in texts) if "jsonl" in suffix else "\n\n".join(texts)
-    opener = {"gz": gzip.open, "xz": lzma.open}.get(suffix.split(".")[-1], open)
-    with opener(tmp_path / f"a.{suffix}", "wt") as file:
-        file.write(joined)
-    corpus = bigs.load_corpus(str(tmp_path))
-    found = [d.text.split() for d in sorted(corpus.train + corpus.heldout, key=lambda d: int(d.text.split()[2]))]
-    assert found == [t.split() for t in texts]
-    assert len(corpus.heldout) == 3
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("empty.txt", b"", "holds 0 documents"),
-    ("binary.txt", b"abc\n\0\1\2", "line 2: binary"),
-    ("latin.txt", "Stra\xdfe".encode("latin1"), "not UTF-8"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": ', 'line 2: not a JSON object with a field "text"'),
-    ("field.jsonl", b'{"words": "a"}\n', 'line 1: not a JSON object with a field "text"'),
-    ("cut.txt.gz", gzip.compress(b"text " * 99)[:-9], "cannot be read"),
-    ("not.txt.gz", b"plain text", "cannot be read"),
-])
-def test_bad_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(bigs.UserError, match=message):
-        bigs.load_corpus(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", ["owner/texts", "wikimedia/wikipedia:20231101.en"])
-def test_a_name_on_the_hub_is_streamed(name, monkeypatch):
-    texts = [f"Text number {i} is not long." for i in range(40)]
-    hub = {name: [bigs.Document("m", text) for text in texts]}
-    monkeypatch.setattr(bigs, "stream_documents", lambda wanted: iter(hub[wanted]))
-    corpus = bigs.load_corpus(name)
-    assert len(corpus.train) + len(corpus.heldout) == 40
-
-
-@pytest.mark.parametrize("name", ["texts.txt", "folder/texts.txt", "no/such/folder", "/data/texts"])
-def test_a_missing_file_is_no_name_on_the_hub(name):
-    with pytest.raises(bigs.UserError, match="does not exist"):
-        bigs.load_corpus(name)
 
 
 def test_packing_keeps_every_token():
