@@ -29,9 +29,9 @@ figures:  ## redraw figures/
 notebook:  ## execute annotated_bigs.py into annotated_bigs.ipynb
 	$(PYTHON) page/notebook.py
 
-page:  ## render the notebook as page/index.html
+page:  ## render the notebook as page/index.html (needs node and npm)
 	$(PYTHON) page/build.py
 
 clean:  ## remove caches and the built page
-	rm -rf .pytest_cache .ruff_cache .ipynb_checkpoints page/index.html
+	rm -rf .pytest_cache .ruff_cache .ipynb_checkpoints page/index.html page/node_modules
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import pathlib
+import re
 from collections import Counter
 
 import jupytext
@@ -24,6 +25,20 @@ def name_cells(notebook) -> None:
         text = f"{cell.cell_type}\n{cell.source}"
         cell.id = hashlib.sha256(f"{seen[text]}\n{text}".encode()).hexdigest()[:12]
         seen[text] += 1
+
+
+def anchor_headings(notebook) -> None:
+    """Put before every heading the id that GitHub gives it; Jupyter and Colab make up others, or none."""
+    seen = Counter()
+
+    def anchor(heading: re.Match) -> str:
+        slug = re.sub(r"[^\w -]", "", heading[1].lower()).replace(" ", "-")
+        seen[slug] += 1
+        return f'<a id="{slug}{-seen[slug] + 1 or ""}"></a>\n\n{heading[0]}'
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"^##+ (.+)$", anchor, cell.source, flags=re.MULTILINE)
 
 
 def is_kept(output) -> bool:
@@ -74,6 +89,7 @@ def build(source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool =
         reuse(notebook, target)
     else:
         execute(notebook, source, timeout)
+    anchor_headings(notebook)
     strip(notebook)
     nbformat.validate(notebook)
     unfinished = target.with_suffix(".unfinished")

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import jupytext
 
 LAST_ROOM = 16
-FOLDED = (2, 9, 12, 13)  # rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
+FOLDED = (2, 8, 9, 12, 13, 14)  # rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GIVEN = {*vars(builtins), "__file__", "__name__", "__doc__"}  # without being defined
@@ -308,7 +308,7 @@ def check_main_line(document: Document, most: int = 1200) -> list[str]:
 
 # What takes too long for a doctest; tests/ runs each of them.
 TESTED_AT_LENGTH = {
-    *("tiny_run", "tiny_finetuned", "keep_kernels", "pretrain", "train", "save", "writing", "restore", "heldout_loss"),
+    *("tiny_run", "tiny_finetuned", "pretrain", "train", "save", "writing", "restore", "heldout_loss"),
     *("embedded_english", "tiny_dataset", "pair_task"),
 }
 

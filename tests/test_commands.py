@@ -1,7 +1,10 @@
 """The command line as a user meets it: every command at tiny size, and every mistake as one line."""
 
+import functools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,9 +70,38 @@ def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
 
 def test_unknown_command_and_help(project):
     assert run(project, "dance").returncode == 2
-    for command in ("figures", "pretrain", "export", "compare", "finetune", "fill-mask", "benchmark"):
+    for command in ("figures", "pretrain", "export", "compare", "inspect", "finetune", "fill-mask", "benchmark"):
         result = run(project, command, "--help")
         assert result.returncode == 0 and "usage" in result.stdout
+
+
+def written_commands():
+    """Every command that README and document show, as arguments."""
+    for name in ("README.md", "annotated_bigs.py"):
+        text = (ROOT / name).read_text().replace("\n# ", "\n").replace("\\\n", " ")
+        for line in re.findall(r"^ *(?:JAX_PLATFORMS=cpu )?python annotated_bigs\.py (.+)$", text, re.MULTILINE):
+            yield tuple(shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize("arguments", dict.fromkeys(written_commands()), ids=" ".join)
+def test_commands_that_are_shown_exist(arguments, monkeypatch):
+    """Names, options and types are right; what they do is tested elsewhere."""
+    called = []
+
+    def stub(command):
+        return functools.wraps(command)(lambda *_, **__: called.append(command))
+    monkeypatch.setattr(bigs, "COMMANDS", {name: stub(command) for name, command in bigs.COMMANDS.items()})
+    bigs.main(list(arguments))
+    assert len(called) == 1
+
+
+def test_the_box_answers_at_once(project):
+    """The README's first two commands after installation and run."""
+    filled = run(project, "fill-mask", "He opened the [MASK] and walked into the room.")
+    assert filled.returncode == 0 and "door" in filled.stdout, filled.stderr
+    read = run(project, "inspect")
+    assert read.returncode == 0 and "strongest position" in read.stdout, read.stderr
+    assert run(project, "fill-mask", "one of [MASK]", "--top", "0").returncode == 2
 
 
 def test_figures_are_redrawn(project):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import annotated_bigs as bigs
 
@@ -227,3 +228,13 @@ def test_operations_reproduce_table_8():
         assert tuple(float(f"{bigs.operations(config, L):.1e}") for config in (bigs.large, bigs.bert)) == numbers
     with pytest.raises(bigs.UserError, match="convolution: 'slow' is unknown"):
         bigs.operations(bigs.large, 128, "slow")
+
+
+def test_dropout_before_every_label_but_those_of_questions():
+    """As in the authors' code, a question-answering head has none."""
+    x, mask, key = jax.random.normal(jax.random.key(0), (7, 3, 16)), jnp.ones((3, 7), bool), jax.random.key(1)
+    config = bigs.Config(50, 16, 1, 48, num_ssm=4, hidden_dropout_prob=0.5)
+    for task in ("sequence_classification", "token_classification", "question_answering"):
+        head = bigs.LabelHead(config, task, nnx.Rngs(0))
+        same = np.array_equal(head(x, mask, key), head(x, mask, None))
+        assert same == (task == "question_answering"), task

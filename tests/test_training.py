@@ -300,11 +300,10 @@ def test_the_published_way_gives_the_same_loss():
         assert step["seconds"] > 0
 
 
-def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bigs, "RUNS", tmp_path)
+def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
     for seed in (0, 1):
         bigs.pretrain(SMALL, replace(RECIPE, steps=4, seed=seed), dataset(), tmp_path / f"seed{seed}")
-    bigs.command_figures((tmp_path / "seed0", tmp_path / "seed1"))
+    bigs.command_figures((tmp_path / "seed0", tmp_path / "seed1"), output=tmp_path)
     assert (tmp_path / "losses.png").stat().st_size > 5000 and "seed1" in capsys.readouterr().out
     curves = bigs.compare_runs((tmp_path / "seed0", tmp_path / "seed1"))().axes[0].lines
     assert len(curves) == 4 and curves[0].get_xdata()[-1] == 4 * 4 * 32 / 1e6
