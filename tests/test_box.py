@@ -65,14 +65,22 @@ def test_its_training_was_the_recipe_and_went_down():
     assert abs(heldout[0] - np.log(8192)) < 0.1 and heldout[-1] == min(heldout) < 4.5
 
 
-def test_the_card_says_what_was_measured():
-    """Every number of the card with three decimals is one of the measured losses."""
-    card, reading, run = (bigs.BOXED / "README.md").read_text(), bigs.boxed_reading(), bigs.boxed_training()
-    history = [record["heldout"] for record in run["history"] if "heldout" in record]
-    known = {f"{value:.3f}" for value in [*history, *(losses["nothing"] for losses in reading["losses"].values())]}
-    numbers = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", card)
-    assert len(numbers) >= 4 and set(numbers) <= known
+def test_card_and_readme_say_what_was_measured():
+    """Every number with three decimals is a measured loss, or what silence costs."""
+    losses, run = bigs.boxed_reading()["losses"], bigs.boxed_training()
+    values = [record["heldout"] for record in run["history"] if "heldout" in record]
+    wiki = losses["enwiki-valid.jsonl.xz"]
+    values += [wiki[kind] - wiki["nothing"] for kind in ("local", "long")]
+    known = {f"{value:.3f}" for value in [*values, *(found["nothing"] for found in losses.values())]}
+    card, readme = (path.read_text() for path in (bigs.BOXED / "README.md", bigs.HERE / "README.md"))
+    for text, least in ((card, 20), (readme, 3)):
+        numbers = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", text)
+        assert len(numbers) >= least and set(numbers) <= known
     assert "pretrain --size boxed --recipe boxed" in card and "must not" in card
+    ratios = {row["route"]: row["ratio"] for row in json.loads((bigs.DATA / "tpu-v3.json").read_text())["rows"]
+              if row["length"] == 4096}
+    assert f"{ratios['blocks']:.2f} times" in readme and f"{ratios['fft']:.1f} times" in readme
+    assert bigs.factors()["ours"]["speed"] > 2
 
 
 def test_the_model_reads_english(model):
