@@ -5150,11 +5150,9 @@ def show_boxed():
 
 
 # %% [markdown]
-# The corpus holds more than was read, so that no row came twice. Its card, `data/bigs-mini/README.md`, says what it
-# must not
-# be used for. The parameters that are not matrices or embeddings are kept in float32, the others in bfloat16; on the
-# three held-out texts that changes the loss by less than a thousandth of a nat (`reading.json` against the same of the
-# float32 model).
+# The corpus holds more than was read, so that no row came twice. The model's card, `data/bigs-mini/README.md`, says
+# what it must not be used for. Matrices and embeddings are kept in bfloat16, all else in float32; on the three
+# held-out texts that changed the loss by less than a thousandth of a nat.
 #
 # What a run does to its model is taken from its checkpoints:
 
