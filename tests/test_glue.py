@@ -421,3 +421,13 @@ def test_mistakes_are_told_in_one_line(made, tmp_path, asked, monkeypatch, capsy
         command(made, tmp_path, *(arguments or ("--task", "cola")), **({} if arguments else {"data": None}))
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith(f"error: {message}") and all("left out" in line for line in err[:-1]) and asked[0] == []
+
+
+def test_cut_batches_were_measured_to_be_faster_at_equal_scores():
+    """data/glue-speed.json: three seeds of each task, cut and padded in turns."""
+    for task, found in ((t, f) for t, f in json.loads((bigs.DATA / "glue-speed.json").read_text()).items()
+                        if t in bigs.GLUE):
+        cut, padded = (np.array(found["variants"][kind]["last"][found["dev"]][found["metric"]])
+                       for kind in ("pretrained", "padded"))
+        assert len(cut) == len(padded) == 3 and bigs.cut_speed(task) >= 3
+        assert abs(cut.mean() - padded.mean()) <= 2 * np.hypot(cut.std(ddof=1), padded.std(ddof=1)), task
