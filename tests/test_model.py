@@ -208,7 +208,7 @@ def test_ids_that_no_model_can_read(ids, message):
 
 
 def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\[3,7\].*\[3,12\]"):
+    with pytest.raises(ValueError, match=r"3, ?7\b.*3, ?12\b"):
         fresh(SMALL)(IDS, np.ones((3, 7), int))
 
 
