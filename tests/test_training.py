@@ -44,7 +44,7 @@ def test_masking_statistics():
     asked = batch.labels > 0
     original = np.take_along_axis(rows.tokens, batch.positions, 1)
     shown = np.take_along_axis(batch.input_ids, batch.positions, 1)
-    assert batch.positions.shape == (2000, 20) and asked.sum(1).max() == 19  # 15 % of 128
+    assert batch.positions.shape == (2000, 19) and asked.sum(1).max() == 19  # 15 % of 128
     assert np.array_equal(batch.labels[asked], original[asked])
     n = asked.sum()
     masked, kept = (shown == 4)[asked].mean(), (shown == original)[asked].mean()
