@@ -5859,9 +5859,9 @@ def step_by(ways: Iterable[str], recipe: Recipe) -> Callable:
 
 # %% [markdown]
 # All programs take turns, round by round, on the same batches, and their losses have to agree. At each turn a program
-# takes five steps, of which the fastest counts: in the others memory changes hands between programs, page by page, which
-# costs the published way, with the most memory, more than ours. Each change is timed twice: alone against the published
-# way, and missing alone from ours.
+# takes five steps, of which the fastest counts: in the others memory changes hands, page by page, which costs the
+# published way, with the most memory, more than ours. Each change is timed twice: alone against the published way, and
+# missing alone from ours.
 
 # %% tags=["appendix"]
 def factor_speeds(config: Config, recipe: Recipe, repeats: int = 3) -> dict[str, dict[str, float]]:
