@@ -2515,7 +2515,7 @@ def fixed_batches(rows: Rows, count: int = 256, batch: int = 64) -> list[Batch]:
 
     >>> rows = Rows(np.arange(5, 5 + 70 * 8).reshape(70, 8), 1000, 4, (0, 2, 3))
     >>> [batch.labels.shape for batch in fixed_batches(rows, 64, 32)]
-    [(32, 2), (32, 2)]
+    [(32, 1), (32, 1)]
     """
     batch = min(batch, len(rows.tokens))
     return [batch_at(rows, batch, 0, step) for step in range(max(1, min(count, len(rows.tokens)) // batch))]
