@@ -61,19 +61,36 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = ""  # the public address, "https://github.com/OWNER/NAME"; empty: not published yet
+# The public address, "https://github.com/OWNER/NAME"; empty: not published yet.
+REPOSITORY = ""
 
 
 if "google.colab" in sys.modules:
-    wanted = {"jaxtyping": "jaxtyping", "tyro": "tyro", "datasets": "datasets", "orbax": "orbax-checkpoint"}
-    missing = [package for name, package in wanted.items() if importlib.util.find_spec(name) is None]
+    wanted = {
+        "jaxtyping": "jaxtyping",
+        "tyro": "tyro",
+        "datasets": "datasets",
+        "orbax": "orbax-checkpoint",
+    }
+    missing = [
+        package
+        for name, package in wanted.items()
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:  # what the image carries is left as it is
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", *missing], check=True
+        )
     if not REPOSITORY:
-        print("This repository has no public address yet: only the embedded demonstration can run.")
+        print(
+            "This repository has no public address yet: only the embedded demonstration"
+            " can run."
+        )
         Path("data").mkdir(exist_ok=True)
     elif not Path("data").exists():
-        subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"], check=True)
+        subprocess.run(
+            ["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"], check=True
+        )
         os.chdir("repository")
 
 # %% [markdown]
@@ -150,7 +167,8 @@ def example(function: Callable) -> Callable:
     """Run `function` now if the document is being read, and remember how long it took.
 
     >>> @example
-    ... def greeting(): print("only in a notebook or a script")
+    ... def greeting():
+    ...     print("only in a notebook or a script")
     >>> greeting.seconds is None
     True
     """
@@ -166,9 +184,11 @@ def example(function: Callable) -> Callable:
 # What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
 # the place and the remedy, and the command line turns it into one line.
 
+
 # %%
 class UserError(ValueError):
-    """A mistake of the user, told in one line: file, line or field, what was found, and what to do.
+    """A mistake of the user, told in one line: file, line or field, what was found, and
+    what to do.
 
     >>> issubclass(UserError, ValueError)
     True
@@ -188,23 +208,28 @@ INK, RED, BLUE, GREY = "#222222", "#c0392b", "#2e6da4", "#9a9a9a"
 
 
 def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callable]:
-    """Mark a function as a figure: a file name, a description, and the finding it shows.
+    """Mark a function as a figure: a file name, a description, and the finding it
+    shows.
 
     >>> figure(name="dot", alt="a dot", caption="A dot.")(lambda: None).name
     'dot'
     """
+
     def mark(draw: Callable) -> Callable:
         draw.name, draw.alt, draw.caption = name, alt, caption
         return draw
+
     return mark
 
 
 # %% [markdown]
 # Drawings use no window and no global state, so they come out the same everywhere.
 
+
 # %%
 def show(draw: Callable, folder: Path = FIGURES) -> Path:
-    """Draw one figure, write it as a PNG named after it, and display it with its caption.
+    """Draw one figure, write it as a PNG named after it, and display it with its
+    caption.
 
     >>> import tempfile
     >>> dot = figure(name="dot", alt="a dot", caption="A dot.")(lambda: canvas()[0])
@@ -217,20 +242,26 @@ def show(draw: Callable, folder: Path = FIGURES) -> Path:
     draw().savefig(path, dpi=130)
     if IN_NOTEBOOK:
         from IPython.display import Image, Markdown, display
+
         words = {"alt": draw.alt, "caption": draw.caption}
-        display(Image(filename=str(path), metadata=words), Markdown(f"*{draw.caption}*"))
+        display(
+            Image(filename=str(path), metadata=words), Markdown(f"*{draw.caption}*")
+        )
     else:
         print(f"{path.name}: {draw.caption}")
     return path
 
 
-def canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options):
+def canvas(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options
+):
     """An empty drawing and its axes, without a window and without global state.
 
     >>> canvas(1, 2)[1].shape
     (2,)
     """
     from matplotlib.figure import Figure
+
     drawing = Figure(figsize=size, layout="constrained")
     axes = drawing.subplots(rows, columns, **options)
     for ax in np.ravel(axes):
@@ -242,6 +273,7 @@ def canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), 
 # A measured number that the text relies on lies in a file of `data/`, and the file says how it came about: by
 # which command, on what hardware, with which versions, when.
 
+
 # %% tags=["appendix"]
 def circumstances() -> dict[str, str]:
     """Under which circumstances a number was measured.
@@ -252,25 +284,42 @@ def circumstances() -> dict[str, str]:
     import importlib.metadata
     import platform
     import shlex
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "transformers")}
+
+    versions = {
+        p: importlib.metadata.version(p)
+        for p in ("jax", "flax", "optax", "transformers")
+    }
     arguments = sys.argv[1:] if Path(sys.argv[0]).name == "annotated_bigs.py" else []
     command = shlex.join(["python", "annotated_bigs.py", *arguments])
-    return {"date": time.strftime("%Y-%m-%d"), "command": command,
-            "hardware": f"{os.cpu_count()} x {platform.machine()}, {jax.devices()[0].device_kind}",
-            "versions": ", ".join(f"{p} {v}" for p, v in versions.items()) + f", Python {platform.python_version()}"}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+        "hardware": (
+            f"{os.cpu_count()} x {platform.machine()}, {jax.devices()[0].device_kind}"
+        ),
+        "versions": (
+            ", ".join(f"{p} {v}" for p, v in versions.items())
+            + f", Python {platform.python_version()}"
+        ),
+    }
 
 
 def keep_results(file: Path, **values: Any) -> None:
-    """Add measured values to a JSON file, with their circumstances, replacing the file as a whole.
+    """Add measured values to a JSON file, with their circumstances, replacing the file
+    as a whole.
 
-    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "found.json"
-    >>> keep_results(file, length=2.5); keep_results(file, width=1.0)
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "found.json"
+    >>> keep_results(file, length=2.5)
+    ... keep_results(file, width=1.0)
     >>> sorted(json.loads(file.read_text()))
     ['length', 'measured', 'width']
     """
     known = json.loads(file.read_text()) if file.exists() else {}
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(known | values | {"measured": circumstances()}, indent=1))
+    part.write_text(
+        json.dumps(known | values | {"measured": circumstances()}, indent=1)
+    )
     part.replace(file)
 
 
@@ -281,13 +330,16 @@ def keep_results(file: Path, **values: Any) -> None:
 # settings take effect only before JAX starts its threads. So `which_device` makes them for the document and
 # `main` for a command; importing never does.
 
+
 # %% tags=["appendix"]
 def keep_memory() -> None:
-    """Ask glibc to keep what is freed: one arena, no memory maps, no trimming, whatever the size. Elsewhere, nothing.
+    """Ask glibc to keep what is freed: one arena, no memory maps, no trimming, whatever
+    the size. Elsewhere, nothing.
 
     >>> keep_memory()
     """
     import ctypes
+
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         for option, value in ((-8, 1), (-3, -1), (-1, -1)):
@@ -298,20 +350,37 @@ def keep_memory() -> None:
 # Which device is this? A TPU runtime in Colab can silently fall back to the CPU, where a long run
 # would take days, so we ask before anything starts.
 
+
 # %%
 @example
 def which_device():
     keep_memory()
     devices = jax.devices()
-    print(f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}")
-    wanted = any(name.startswith(("COLAB_TPU", "TPU_ACCELERATOR")) for name in os.environ)
+    print(
+        f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), jax"
+        f" {jax.__version__}"
+    )
+    wanted = any(
+        name.startswith(("COLAB_TPU", "TPU_ACCELERATOR")) for name in os.environ
+    )
     if wanted and jax.default_backend() == "cpu":
-        print("WARNING: this is a TPU runtime, but JAX found only the CPU. Restart the runtime.")
+        print(
+            "WARNING: this is a TPU runtime, but JAX found only the CPU. Restart the"
+            " runtime."
+        )
     if REPOSITORY and IN_NOTEBOOK:
         from IPython.display import Markdown, display
-        address = REPOSITORY.replace("github.com", "colab.research.google.com/github", 1)
+
+        address = REPOSITORY.replace(
+            "github.com", "colab.research.google.com/github", 1
+        )
         badge = "https://colab.research.google.com/assets/colab-badge.svg"
-        display(Markdown(f"[![Open in Colab]({badge})]({address}/blob/main/annotated_bigs.ipynb)"))
+        display(
+            Markdown(
+                f"[![Open in Colab]({badge})]({address}/blob/main/annotated_bigs.ipynb)"
+            )
+        )
+
 
 # %% [markdown]
 # Examples now run where they are read, a user's mistake is one kind of error, and figures and numbers say
@@ -341,15 +410,21 @@ def which_device():
 # so it already hears $u_k$. One matrix exponential gives $\bar A$ and $\bar B$ together, by letting the input be part
 # of the state, a part that never changes.
 
+
 # %%
-def discretize(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
-               ) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
-    """Zero-order hold: exp(dt [[A, B], [0, 0]]) = [[A_bar, B_bar], [0, 1]], equation (2).
+def discretize(
+    A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
+) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
+    """Zero-order hold: exp(dt [[A, B], [0, 0]]) = [[A_bar, B_bar], [0, 1]], equation
+    (2).
 
     A state that leaks at rate 1 keeps exp(-dt) of itself and takes in the rest:
 
     >>> A_bar, B_bar = discretize(-np.eye(1), np.ones(1), 0.5)
-    >>> bool(jnp.allclose(A_bar, jnp.exp(-0.5))), bool(jnp.allclose(A_bar[0] + B_bar, 1))
+    >>> (
+    ...     bool(jnp.allclose(A_bar, jnp.exp(-0.5))),
+    ...     bool(jnp.allclose(A_bar[0] + B_bar, 1)),
+    ... )
     (True, True)
 
     A singular A is no special case. A summing state adds up input times duration:
@@ -359,7 +434,13 @@ def discretize(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: floa
     (1.0, 0.5)
     """
     N = A.shape[0]
-    block = jnp.zeros((N + 1, N + 1), jnp.result_type(A, B)).at[:N, :N].set(A).at[:N, N].set(B)
+    block = (
+        jnp.zeros((N + 1, N + 1), jnp.result_type(A, B))
+        .at[:N, :N]
+        .set(A)
+        .at[:N, N]
+        .set(B)
+    )
     step = jax.scipy.linalg.expm(dt * block)
     return step[:N, :N], step[:N, N]
 
@@ -370,19 +451,27 @@ def discretize(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: floa
 # $$ \bar A = \left(I - \tfrac{\Delta}{2} A\right)^{-1}\left(I + \tfrac{\Delta}{2} A\right), \qquad
 #    \bar B = \left(I - \tfrac{\Delta}{2} A\right)^{-1} \Delta B. \tag{3} $$
 
+
 # %%
-def discretize_bilinear(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
-                        ) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
+def discretize_bilinear(
+    A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"], dt: float
+) -> tuple[Inexact[Array, "N N"], Inexact[Array, " N"]]:
     """The bilinear rule, equation (3): a fraction in place of the exponential.
 
-    In one step it differs from the zero-order hold by about dt**3, so halving dt divides that gap by eight:
+    In one step it differs from the zero-order hold by about dt**3, so halving dt
+    divides that gap by eight:
 
-    >>> gap = lambda dt: float(abs(discretize_bilinear(-np.eye(1), np.ones(1), dt)[0] - np.exp(-dt)).max())
+    >>> gap = lambda dt: float(
+    ...     abs(discretize_bilinear(-np.eye(1), np.ones(1), dt)[0] - np.exp(-dt)).max()
+    ... )
     >>> round(gap(0.1) / gap(0.05))
     8
     """
     left = jnp.eye(A.shape[0]) - dt / 2 * A
-    return (jnp.linalg.solve(left, jnp.eye(A.shape[0]) + dt / 2 * A), jnp.linalg.solve(left, dt * B))
+    return (
+        jnp.linalg.solve(left, jnp.eye(A.shape[0]) + dt / 2 * A),
+        jnp.linalg.solve(left, dt * B),
+    )
 
 
 # %% [markdown]
@@ -390,10 +479,16 @@ def discretize_bilinear(A: Inexact[AnyArray, "N N"], B: Inexact[AnyArray, " N"],
 # through the same $\bar A, \bar B, C$, each with a state of its own. The pass-through $D$ waits until
 # [room 5](#5-convolution-four-ways); the real part is for the complex states of the next room.
 
+
 # %%
-def ssm_scan(A_bar: Inexact[AnyArray, "N N"], B_bar: Inexact[AnyArray, " N"],
-             C: Inexact[AnyArray, " N"], u: Float[AnyArray, "L d"]) -> Float[Array, "L d"]:
-    """The recurrence x_k = A_bar x_{k-1} + B_bar u_k of equation (2), read out as y_k = Re(C x_k).
+def ssm_scan(
+    A_bar: Inexact[AnyArray, "N N"],
+    B_bar: Inexact[AnyArray, " N"],
+    C: Inexact[AnyArray, " N"],
+    u: Float[AnyArray, "L d"],
+) -> Float[Array, "L d"]:
+    """The recurrence x_k = A_bar x_{k-1} + B_bar u_k of equation (2), read out as y_k =
+    Re(C x_k).
 
     A memory that halves at every step turns one impulse into a fade:
 
@@ -401,15 +496,20 @@ def ssm_scan(A_bar: Inexact[AnyArray, "N N"], B_bar: Inexact[AnyArray, " N"],
     >>> ssm_scan(half, one, one, np.eye(4)[:, :1])[:, 0].tolist()
     [1.0, 0.5, 0.25, 0.125]
 
-    An output never depends on later inputs: change the last input, and only the last output moves.
+    An output never depends on later inputs: change the last input, and only the last
+    output moves.
 
-    >>> u = np.ones((4, 1)); v = u.copy(); v[3] = 7
+    >>> u = np.ones((4, 1))
+    ... v = u.copy()
+    ... v[3] = 7
     >>> (ssm_scan(half, one, one, u) == ssm_scan(half, one, one, v))[:, 0].tolist()
     [True, True, True, False]
     """
+
     def step(x, u_k):
         x = A_bar @ x + B_bar[:, None] * u_k
         return x, (C @ x).real
+
     x = jnp.zeros((A_bar.shape[0], u.shape[1]), jnp.result_type(A_bar, B_bar))
     return jax.lax.scan(step, x, jnp.asarray(u))[1]
 
@@ -428,13 +528,22 @@ def ssm_scan(A_bar: Inexact[AnyArray, "N N"], B_bar: Inexact[AnyArray, " N"],
 # two such inputs.
 
 # %%
-SPRING = np.array([[0.0, 1.0], [-4.0, -0.6]]), np.array([0.0, 4.0]), np.array([1.0, 0.0])
+SPRING = (
+    np.array([[0.0, 1.0], [-4.0, -0.6]]),
+    np.array([0.0, 4.0]),
+    np.array([1.0, 0.0]),
+)
 
 
-def spring_response(rule: Callable, dt: float, seconds: float, signal: Callable) -> np.ndarray:
-    """Place of the weight after each step of dt seconds, for an input sampled at the steps' ends.
+def spring_response(
+    rule: Callable, dt: float, seconds: float, signal: Callable
+) -> np.ndarray:
+    """Place of the weight after each step of dt seconds, for an input sampled at the
+    steps' ends.
 
-    >>> bool(abs(spring_response(discretize, 0.5, 40.0, np.ones_like)[-1] - 1) < 1e-3)  # it comes to rest
+    >>> bool(
+    ...     abs(spring_response(discretize, 0.5, 40.0, np.ones_like)[-1] - 1) < 1e-3
+    ... )  # it comes to rest
     True
     """
     A, B, C = SPRING
@@ -443,7 +552,8 @@ def spring_response(rule: Callable, dt: float, seconds: float, signal: Callable)
 
 
 def spring_exact(t: np.ndarray, omega: float) -> np.ndarray:
-    """Place at time t, from rest, under the input cos(omega t), by linear algebra in float64.
+    """Place at time t, from rest, under the input cos(omega t), by linear algebra in
+    float64.
 
     >>> bool(abs(spring_exact(np.zeros(1), 1.0)) < 1e-12)
     True
@@ -451,7 +561,12 @@ def spring_exact(t: np.ndarray, omega: float) -> np.ndarray:
     A, B, C = SPRING
     poles, modes = np.linalg.eig(A)
     write, read = np.linalg.solve(modes, B.astype(complex)), C @ modes
-    forced = lambda w: (np.exp(1j * w * t) - np.exp(np.outer(poles, t))) / (1j * w - poles)[:, None]
+
+    def forced(w):
+        return (np.exp(1j * w * t) - np.exp(np.outer(poles, t))) / (1j * w - poles)[
+            :, None
+        ]
+
     return ((read * write) @ (forced(omega) + forced(-omega))).real / 2
 
 
@@ -459,9 +574,11 @@ def spring_exact(t: np.ndarray, omega: float) -> np.ndarray:
 # The order of convergence is the slope of the error against the step, both on logarithmic axes. It
 # is measured, not assumed: the figure prints the slope that it finds.
 
+
 # %%
 def discretization_error(rule: Callable, dt: float, omega: float) -> float:
-    """Largest error over four seconds, in units of the weight's place; omega = 0 is a held input.
+    """Largest error over four seconds, in units of the weight's place; omega = 0 is a
+    held input.
 
     >>> discretization_error(discretize, 0.5, 0.0) < 1e-5
     True
@@ -473,7 +590,9 @@ def discretization_error(rule: Callable, dt: float, omega: float) -> float:
     return float(np.abs(y - spring_exact(dt * np.arange(1, len(y) + 1), omega)).max())
 
 
-def order(rule: Callable, omega: float, steps: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)) -> float:
+def order(
+    rule: Callable, omega: float, steps: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)
+) -> float:
     """The measured order of convergence: the slope of log error against log step.
 
     >>> round(order(discretize, 1.0)), round(order(discretize_bilinear, 1.0))
@@ -486,28 +605,55 @@ def order(rule: Callable, omega: float, steps: tuple[float, ...] = (0.2, 0.1, 0.
 # %% [markdown]
 # Drawn, the four cases look like this.
 
+
 # %%
-@figure(name="discretization",
-        alt="Left: a damped oscillation with dots of the zero-order hold on the curve and dots of the bilinear rule "
-            "beside it. Right: errors against step size on logarithmic axes.",
-        caption="A pulled spring in steps of 0.4 s. While the input is held, the zero-order hold (red) lies on the "
-                "exact solution and the bilinear rule (blue) does not. Right: its error falls with the square of the "
-                "step; for a sampled smooth input both rules are of first order. Drawn by discretization_figure.")
+@figure(
+    name="discretization",
+    alt=(
+        "Left: a damped oscillation with dots of the zero-order hold on the curve and"
+        " dots of the bilinear rule beside it. Right: errors against step size on"
+        " logarithmic axes."
+    ),
+    caption=(
+        "A pulled spring in steps of 0.4 s. While the input is held, the zero-order"
+        " hold (red) lies on the exact solution and the bilinear rule (blue) does not."
+        " Right: its error falls with the square of the step; for a sampled smooth"
+        " input both rules are of first order. Drawn by discretization_figure."
+    ),
+)
 def discretization_figure():
     drawing, (left, right) = canvas(1, 2, (9.0, 3.2))
     t = np.linspace(0, 6, 400)
     left.plot(t, spring_exact(t, 0.0), color=INK, lw=1, label="exact")
     steps = np.array([0.4, 0.2, 0.1, 0.05, 0.025])
-    for rule, color, label in ((discretize, RED, "zero-order hold"), (discretize_bilinear, BLUE, "bilinear")):
+    for rule, color, label in (
+        (discretize, RED, "zero-order hold"),
+        (discretize_bilinear, BLUE, "bilinear"),
+    ):
         y = spring_response(rule, 0.4, 6.0, np.ones_like)
         left.plot(0.4 * np.arange(1, 16), y, "o", ms=4, color=color, label=label)
         for omega, style in ((0.0, "o-"), (1.0, "s--")):
             errors = [discretization_error(rule, dt, omega) for dt in steps]
             words = "held" if omega == 0 else "sampled"
-            slope = "rounding" if max(errors) < 1e-4 else f"order {order(rule, omega):.1f}"
-            right.loglog(steps, errors, style, subs=[1], ms=4, color=color, label=f"{label}, {words}: {slope}")
+            slope = (
+                "rounding" if max(errors) < 1e-4 else f"order {order(rule, omega):.1f}"
+            )
+            right.loglog(
+                steps,
+                errors,
+                style,
+                subs=[1],
+                ms=4,
+                color=color,
+                label=f"{label}, {words}: {slope}",
+            )
     left.set(xlabel="seconds", ylabel="place of the weight")
-    right.set(xlabel="step in seconds", ylabel="largest error", xticks=steps, xticklabels=steps)
+    right.set(
+        xlabel="step in seconds",
+        ylabel="largest error",
+        xticks=steps,
+        xticklabels=steps,
+    )
     left.legend(frameon=False, fontsize=8)
     right.legend(frameon=False, fontsize=7)
     return drawing
@@ -516,6 +662,7 @@ def discretization_figure():
 @example
 def draw_discretization():
     show(discretization_figure)
+
 
 # %% [markdown]
 # BiGS takes the zero-order hold. We now have a memory that can be stepped through a sentence
@@ -548,24 +695,36 @@ def draw_discretization():
 # numbers $A_n$ are its *poles*. $B$ is fixed to ones, because only the products $C_n B_n$ reach the output. Parts and
 # read-outs are complex; the output is the real part. An SSM is then four things: poles, read-out, step, and $D$.
 
+
 # %%
 class DiagonalSSM(NamedTuple):
-    """One state space for all channels: poles A, read-out C (B is 1), step dt, pass-through D.
+    """One state space for all channels: poles A, read-out C (B is 1), step dt,
+    pass-through D.
 
-    >>> DiagonalSSM(A=jnp.array([-1.0 + 0j]), C=jnp.array([1.0 + 0j]), dt=jnp.array(0.5)).D
+    >>> DiagonalSSM(
+    ...     A=jnp.array([-1.0 + 0j]), C=jnp.array([1.0 + 0j]), dt=jnp.array(0.5)
+    ... ).D
     0.0
     """
+
     A: Complex[AnyArray, " N"]
     C: Complex[AnyArray, " N"]
     dt: Float[AnyArray, ""]
     D: Float[AnyArray, ""] | float = 0.0
 
 
-def discretize_diagonal(ssm: DiagonalSSM) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
+def discretize_diagonal(
+    ssm: DiagonalSSM,
+) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
     """Equation (2) part by part: A_bar = exp(dt A), B_bar = (exp(dt A) - 1) / A.
 
-    >>> ssm = DiagonalSSM(np.array([-1.0 + 2j, -3.0 + 0j]), np.ones(2) + 0j, np.array(0.1))
-    >>> (A_bar, B_bar), (full, written) = discretize_diagonal(ssm), discretize(np.diag(ssm.A), np.ones(2), 0.1)
+    >>> ssm = DiagonalSSM(
+    ...     np.array([-1.0 + 2j, -3.0 + 0j]), np.ones(2) + 0j, np.array(0.1)
+    ... )
+    >>> (A_bar, B_bar), (full, written) = (
+    ...     discretize_diagonal(ssm),
+    ...     discretize(np.diag(ssm.A), np.ones(2), 0.1),
+    ... )
     >>> bool(jnp.allclose(A_bar, jnp.diag(full))), bool(jnp.allclose(B_bar, written))
     (True, True)
     """
@@ -587,28 +746,39 @@ def discretize_diagonal(ssm: DiagonalSSM) -> tuple[Complex[Array, " N"], Complex
 # the last ones. But whole turns change nothing. `unwind` takes them away once, before the multiplication by $l$, and
 # [the appendix](#appendix-b-how-close-to-the-hardware) measures what that saves.
 
+
 # %%
 def unwind(z: Complex[AnyArray, "*n"]) -> Complex[Array, "*n"]:
-    """z less whole turns, its imaginary part in [-pi, pi]: exp(l z) is the same for every whole number l.
+    """z less whole turns, its imaginary part in [-pi, pi]: exp(l z) is the same for
+    every whole number l.
 
-    >>> bool(jnp.allclose(unwind(np.array([-1 + 1j * (3 + 20 * np.pi)])), -1 + 3j, atol=1e-5))
+    >>> bool(
+    ...     jnp.allclose(
+    ...         unwind(np.array([-1 + 1j * (3 + 20 * np.pi)])), -1 + 3j, atol=1e-5
+    ...     )
+    ... )
     True
     """
     return z.real + 1j * jnp.angle(jnp.exp(1j * z.imag))
 
 
 def ssm_kernel(ssm: DiagonalSSM, L: int) -> Float[Array, " L"]:
-    """The kernel K_l = Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), equation (4).
+    """The kernel K_l = Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), equation
+    (4).
 
     A single pole is a single fade, by the same factor at every step:
 
-    >>> K = ssm_kernel(DiagonalSSM(np.array([-1.0 + 0j]), np.ones(1) + 0j, np.array(0.5)), 6)
+    >>> K = ssm_kernel(
+    ...     DiagonalSSM(np.array([-1.0 + 0j]), np.ones(1) + 0j, np.array(0.5)), 6
+    ... )
     >>> bool(jnp.allclose(K[1:] / K[:-1], jnp.exp(-0.5)))
     True
 
     It is the recurrence's answer to an impulse:
 
-    >>> ssm = DiagonalSSM(np.array([-0.5 + 1j, -0.5 + 3j]), np.array([1 + 1j, 2.0]), np.array(0.2))
+    >>> ssm = DiagonalSSM(
+    ...     np.array([-0.5 + 1j, -0.5 + 3j]), np.array([1 + 1j, 2.0]), np.array(0.2)
+    ... )
     >>> A_bar, B_bar = discretize_diagonal(ssm)
     >>> y = ssm_scan(jnp.diag(A_bar), B_bar, ssm.C, np.eye(8)[:, :1])[:, 0]
     >>> bool(jnp.allclose(ssm_kernel(ssm, 8), y, atol=1e-5))
@@ -622,19 +792,32 @@ def ssm_kernel(ssm: DiagonalSSM, L: int) -> Float[Array, " L"]:
 # %% [markdown]
 # Five hand-picked poles show how such a sum comes to have a shape.
 
+
 # %%
-@figure(name="fades",
-        alt="Five thin decaying oscillations in grey and, drawn thick in red, their sum.",
-        caption="Five poles, five fades (grey), and the kernel that they add up to (red). Slow poles make its long "
-                "tail, fast ones the shape of its first tokens. Drawn by fades_figure.")
+@figure(
+    name="fades",
+    alt="Five thin decaying oscillations in grey and, drawn thick in red, their sum.",
+    caption=(
+        "Five poles, five fades (grey), and the kernel that they add up to (red). Slow"
+        " poles make its long tail, fast ones the shape of its first tokens. Drawn by"
+        " fades_figure."
+    ),
+)
 def fades_figure():
     drawing, ax = canvas(size=(8, 2.8))
     A = np.array([-0.2, -0.5 + 1.2j, -0.5 + 3j, -1.5 + 5j, -4 + 9j])
     C = np.array([0.5, 0.7, 0.6j, 1.5, 6.0 + 0j])
     for n in range(len(A)):
-        one = DiagonalSSM(A[n:n + 1].astype(complex), C[n:n + 1], np.array(0.1))
-        ax.plot(ssm_kernel(one, 64), color=GREY, lw=1, label="one fade" if n == 0 else None)
-    ax.plot(ssm_kernel(DiagonalSSM(A, C, np.array(0.1)), 64), color=RED, lw=2, label="kernel: their sum")
+        one = DiagonalSSM(A[n : n + 1].astype(complex), C[n : n + 1], np.array(0.1))
+        ax.plot(
+            ssm_kernel(one, 64), color=GREY, lw=1, label="one fade" if n == 0 else None
+        )
+    ax.plot(
+        ssm_kernel(DiagonalSSM(A, C, np.array(0.1)), 64),
+        color=RED,
+        lw=2,
+        label="kernel: their sum",
+    )
     ax.set(xlabel="age of a token", ylabel="what is left of it")
     ax.legend(frameon=False)
     return drawing
@@ -643,6 +826,7 @@ def fades_figure():
 @example
 def draw_fades():
     show(fades_figure)
+
 
 # %% [markdown]
 # ### Where the poles start
@@ -660,6 +844,7 @@ def draw_fades():
 # imaginary parts spread from slow to very fast. Only these eigenvalues are taken over here; the read-outs start at
 # random.
 
+
 # %%
 def hippo(N: int) -> Float[np.ndarray, "N N"]:
     """HiPPO-LegS, equation (5).
@@ -672,7 +857,8 @@ def hippo(N: int) -> Float[np.ndarray, "N N"]:
 
 
 def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
-    """Eigenvalues of HiPPO's normal part, sorted by frequency; float64 NumPy, on any device.
+    """Eigenvalues of HiPPO's normal part, sorted by frequency; float64 NumPy, on any
+    device.
 
     >>> A = s4d_hippo(64)
     >>> bool(np.all(A.real == -0.5)), round(float(A.imag.max()))
@@ -691,6 +877,7 @@ def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
 #
 # $$ A_n^{\text{lin}} = -\tfrac12 + i \pi n, \qquad
 #    A_n^{\text{inv}} = -\tfrac12 + i\, \frac{N}{\pi}\left(\frac{N}{2n+1} - 1\right). \tag{6} $$
+
 
 # %%
 def s4d_lin(N: int) -> Complex[np.ndarray, " N"]:
@@ -711,7 +898,11 @@ def s4d_inv(N: int) -> Complex[np.ndarray, " N"]:
     return -0.5 + 1j * N / np.pi * (N / (2 * np.arange(N) + 1) - 1)
 
 
-SCALINGS = {"hippo": s4d_hippo, "lin": s4d_lin, "inv": s4d_inv}  # the published config's names
+SCALINGS = {
+    "hippo": s4d_hippo,
+    "lin": s4d_lin,
+    "inv": s4d_inv,
+}  # the published config's names
 
 # %% [markdown]
 # A learned SSM needs five arrays: the real and the imaginary parts of its poles, its read-outs, $D$, and the
@@ -724,9 +915,11 @@ SCALINGS = {"hippo": s4d_hippo, "lin": s4d_lin, "inv": s4d_inv}  # the published
 # real numbers for each pole, two for each read-out, $D$ and the step: one direction of one layer has `4 * 64 + 2 ==
 # 258` parameters.
 
+
 # %%
 class SSM(nnx.Module):
-    """Parameters of one diagonal SSM with N states, stored as the published checkpoints store them.
+    """Parameters of one diagonal SSM with N states, stored as the published checkpoints
+    store them.
 
     >>> ssm = SSM(64, "hippo", nnx.Rngs(0))
     >>> sum(x.size for x in jax.tree.leaves(nnx.state(ssm)))
@@ -735,14 +928,18 @@ class SSM(nnx.Module):
 
     def __init__(self, N: int, scaling: str, rngs: nnx.Rngs):
         if scaling not in SCALINGS:
-            raise UserError(f"scaling: {scaling!r} is unknown; choose one of {', '.join(SCALINGS)}")
+            raise UserError(
+                f"scaling: {scaling!r} is unknown; choose one of {', '.join(SCALINGS)}"
+            )
         A = SCALINGS[scaling](N)
         self.A_re = nnx.Param(jnp.asarray(A.real, jnp.float32))
         self.A_im = nnx.Param(jnp.asarray(A.imag, jnp.float32))
         self.C = nnx.Param(np.sqrt(0.5) * jax.random.normal(rngs.params(), (N, 2)))
         self.D = nnx.Param(jnp.ones(1))
         low, high = np.log(0.01), np.log(1.0)
-        self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (1,), minval=low, maxval=high))
+        self.log_step = nnx.Param(
+            jax.random.uniform(rngs.params(), (1,), minval=low, maxval=high)
+        )
 
     def diagonal(self) -> DiagonalSSM:
         """The complex SSM, its poles clipped to fade: Re A <= -1e-4."""
@@ -754,19 +951,32 @@ class SSM(nnx.Module):
 # %% [markdown]
 # The three sets of poles, as curves:
 
+
 # %%
-@figure(name="bases",
-        alt="Three panels of decaying oscillations for HiPPO, lin and inv: lin has evenly spaced frequencies, the "
-            "others crowd at low ones.",
-        caption="The six slowest basis functions of each initialization (of 64), over a hundred tokens at step 0.05. "
-                "All fade at the same rate at the start; only frequencies differ. Drawn by bases_figure.")
+@figure(
+    name="bases",
+    alt=(
+        "Three panels of decaying oscillations for HiPPO, lin and inv: lin has evenly"
+        " spaced frequencies, the others crowd at low ones."
+    ),
+    caption=(
+        "The six slowest basis functions of each initialization (of 64), over a hundred"
+        " tokens at step 0.05. All fade at the same rate at the start; only frequencies"
+        " differ. Drawn by bases_figure."
+    ),
+)
 def bases_figure():
     drawing, axes = canvas(1, 3, (9, 2.6), sharey=True)
     for ax, (name, poles) in zip(axes, SCALINGS.items(), strict=True):
         A = poles(64)
         slowest = A[A.imag >= 0][np.argsort(A[A.imag >= 0].imag)][:6]
         for n, pole in enumerate(slowest):
-            ax.plot(np.exp(pole * 0.05 * np.arange(100)).real, lw=1, color=INK, alpha=1 - n / 7)
+            ax.plot(
+                np.exp(pole * 0.05 * np.arange(100)).real,
+                lw=1,
+                color=INK,
+                alpha=1 - n / 7,
+            )
         ax.set(title=name, xlabel="age of a token")
     return drawing
 
@@ -774,6 +984,7 @@ def bases_figure():
 @example
 def draw_bases():
     show(bases_figure)
+
 
 # %% [markdown]
 # So a diagonal state space is a kernel: a curve of length $L$ described by a few hundred numbers,
@@ -806,21 +1017,34 @@ def draw_bases():
 # $y_i = \sum_{j \ge i} K_{j-i}\,u_j$. We write this room's functions once for the past and mark the
 # other direction by `past=False`. None of them turns the sentence around; they turn the kernel.
 
+
 # %%
-def convolve_direct(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
-                    ) -> Float[Array, "*batch L d"]:
+def convolve_direct(
+    u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+) -> Float[Array, "*batch L d"]:
     """Equation (7) as it is written, one lag after another; the oracle for the others.
 
     The answer to an impulse is the kernel. Backward, it lies before the impulse:
 
     >>> K, impulse = np.array([4.0, 2.0, 1.0]), np.eye(3)[:, 1:2]
-    >>> convolve_direct(impulse, K)[:, 0].tolist(), convolve_direct(impulse, K, past=False)[:, 0].tolist()
+    >>> (
+    ...     convolve_direct(impulse, K)[:, 0].tolist(),
+    ...     convolve_direct(impulse, K, past=False)[:, 0].tolist(),
+    ... )
     ([0.0, 4.0, 2.0], [2.0, 4.0, 0.0])
     """
-    u, K, (L, sign) = jnp.asarray(u), jnp.asarray(K), (u.shape[-2], 1 if past else -1)
-    place = (jnp.arange(L) if past else jnp.arange(L)[::-1])[:, None]
-    add = lambda l, y: y + K[l] * jnp.where(place >= l, jnp.roll(u, sign * l, axis=-2), 0)
-    return jax.lax.fori_loop(0, L, add, jnp.zeros(u.shape, jnp.result_type(u, K))).astype(u.dtype)
+    u = jnp.asarray(u)
+    K = jnp.asarray(K)
+    L = u.shape[-2]
+    place = jnp.arange(L)[:, None]
+
+    def add(lag, y):
+        moved = jnp.roll(u, lag if past else -lag, axis=-2)
+        inside = place >= lag if past else place < L - lag
+        return y + K[lag] * jnp.where(inside, moved, 0)
+
+    nothing = jnp.zeros(u.shape, jnp.result_type(u, K))
+    return jax.lax.fori_loop(0, L, add, nothing).astype(u.dtype)
 
 
 # %% [markdown]
@@ -829,9 +1053,11 @@ def convolve_direct(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], 
 # instead of $L^2$. The conjugate of a spectrum belongs to the reversed curve, which is all that the other direction
 # needs.
 
+
 # %%
-def convolve_fft(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
-                 ) -> Float[Array, "*batch L d"]:
+def convolve_fft(
+    u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+) -> Float[Array, "*batch L d"]:
     """Equation (7) as a product of spectra of length 2L, in float32.
 
     It adds nothing but rounding:
@@ -840,9 +1066,12 @@ def convolve_fft(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], pas
     >>> bool(jnp.allclose(convolve_fft(u, K), convolve_direct(u, K), atol=1e-5))
     True
     """
-    L, x, spectrum = u.shape[-2], jnp.asarray(u, jnp.float32), jnp.fft.rfft(K, 2 * u.shape[-2])
-    spectrum = (spectrum if past else spectrum.conj())[:, None] * jnp.fft.rfft(x, 2 * L, axis=-2)
-    return jnp.fft.irfft(spectrum, 2 * L, axis=-2)[..., :L, :].astype(jnp.asarray(u).dtype)
+    u = jnp.asarray(u)
+    L = u.shape[-2]
+    kernel = jnp.fft.rfft(K, 2 * L)[:, None]
+    inputs = jnp.fft.rfft(u.astype(jnp.float32), 2 * L, axis=-2)
+    outputs = (kernel if past else kernel.conj()) * inputs
+    return jnp.fft.irfft(outputs, 2 * L, axis=-2)[..., :L, :].astype(u.dtype)
 
 
 # %% [markdown]
@@ -856,9 +1085,11 @@ def convolve_fft(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], pas
 # coming in from the left. Take the kernel followed by $L$ zeros, repeat it, and cut the result into rows of length
 # $2L - 1$: each row has moved by one. So the transposed matrix is made without any indexing.
 
+
 # %%
 def toeplitz(K: Float[AnyArray, " L"], past: bool = True) -> Float[Array, "L L"]:
-    """The matrix T with T[i, j] = K[i - j] on and below the diagonal; its mirror image for the future.
+    """The matrix T with T[i, j] = K[i - j] on and below the diagonal; its mirror image
+    for the future.
 
     >>> toeplitz(np.array([1.0, 2.0, 3.0])).tolist()
     [[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
@@ -866,12 +1097,13 @@ def toeplitz(K: Float[AnyArray, " L"], past: bool = True) -> Float[Array, "L L"]
     True
     """
     row, L = jnp.concatenate([K, jnp.zeros_like(K)]), len(K)
-    T = jnp.tile(row, L)[:L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L]
+    T = jnp.tile(row, L)[: L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L]
     return T.T if past else T
 
 
-def convolve_toeplitz(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
-                      ) -> Float[Array, "*batch L d"]:
+def convolve_toeplitz(
+    u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
+) -> Float[Array, "*batch L d"]:
     """Equation (7) as one matrix product, T u. For the future T is transposed.
 
     >>> u, K = np.cos(np.arange(40.0)).reshape(20, 2), 0.9 ** np.arange(20)
@@ -887,26 +1119,43 @@ def convolve_toeplitz(u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"]
 # backward kernel the upper one, and both touch the diagonal. They are drawn side by side because the
 # layer never adds them: each makes an output of its own, and the next room multiplies the two.
 
+
 # %%
-@figure(name="triangles",
-        alt="Two square matrices with constant diagonals: the first filled below the diagonal, the second above it.",
-        caption="A forward kernel as a lower triangle, a backward kernel as an upper one (48 tokens, fresh SSMs). Row "
-                "i shows where token i reads. The layer multiplies what the two produce; it never adds the triangles. "
-                "Drawn by triangles_figure.")
+@figure(
+    name="triangles",
+    alt=(
+        "Two square matrices with constant diagonals: the first filled below the"
+        " diagonal, the second above it."
+    ),
+    caption=(
+        "A forward kernel as a lower triangle, a backward kernel as an upper one (48"
+        " tokens, fresh SSMs). Row i shows where token i reads. The layer multiplies"
+        " what the two produce; it never adds the triangles. Drawn by triangles_figure."
+    ),
+)
 def triangles_figure():
     drawing, axes = canvas(1, 2, (8, 3.8))
-    for seed, past, title, ax in ((3, True, "forward: reads the past", axes[0]),
-                                  (8, False, "backward: reads the future", axes[1])):
-        T = np.asarray(toeplitz(ssm_kernel(SSM(64, "hippo", nnx.Rngs(seed)).diagonal(), 48), past))
+    for seed, past, title, ax in (
+        (3, True, "forward: reads the past", axes[0]),
+        (8, False, "backward: reads the future", axes[1]),
+    ):
+        T = np.asarray(
+            toeplitz(ssm_kernel(SSM(64, "hippo", nnx.Rngs(seed)).diagonal(), 48), past)
+        )
         scale = np.abs(T).max()
         ax.imshow(T, cmap="RdBu_r", vmin=-scale, vmax=scale)
-        ax.set(title=title, xlabel="token that is read, $j$", ylabel="token that reads, $i$")
+        ax.set(
+            title=title,
+            xlabel="token that is read, $j$",
+            ylabel="token that reads, $i$",
+        )
     return drawing
 
 
 @example
 def draw_triangles():
     show(triangles_figure)
+
 
 # %% [markdown]
 # **In blocks.** The matrix grows with $L^2$, so at thousands of tokens it needs help. Look at the picture again and
@@ -926,23 +1175,41 @@ def draw_triangles():
 # ones here, so everything is a product of real matrices of width $d$. Backward, the places inside a block and the
 # blocks themselves are counted from the end.
 
+
 # %%
-def block_products(ssm: DiagonalSSM, Q: int, past: bool
-                   ) -> tuple[Float[Array, "Q Q"], Float[Array, "twoN Q"], Float[Array, "Q twoN"]]:
-    """The matrices of (8) within a block: convolve, write into the state, read from it; D joins K_0.
+def block_products(
+    ssm: DiagonalSSM, Q: int, past: bool
+) -> tuple[Float[Array, "Q Q"], Float[Array, "twoN Q"], Float[Array, "Q twoN"]]:
+    """The matrices of (8) within a block: convolve, write into the state, read from it;
+    D joins K_0.
 
-    What was written and then read by the next block is a block of the full matrix, of rank 2N at most:
+    What was written and then read by the next block is a block of the full matrix, of
+    rank 2N at most:
 
-    >>> ssm = DiagonalSSM(np.array([-0.1 + 1j, -0.3 + 2j]), np.array([1j, 2.0]), np.array(0.1))
-    >>> (_, write, read), full = block_products(ssm, 32, True), toeplitz(ssm_kernel(ssm, 64))
-    >>> bool(jnp.allclose(read @ write, full[32:, :32], atol=1e-5)), int(jnp.linalg.matrix_rank(read @ write))
+    >>> ssm = DiagonalSSM(
+    ...     np.array([-0.1 + 1j, -0.3 + 2j]), np.array([1j, 2.0]), np.array(0.1)
+    ... )
+    >>> (_, write, read), full = (
+    ...     block_products(ssm, 32, True),
+    ...     toeplitz(ssm_kernel(ssm, 64)),
+    ... )
+    >>> (
+    ...     bool(jnp.allclose(read @ write, full[32:, :32], atol=1e-5)),
+    ...     int(jnp.linalg.matrix_rank(read @ write)),
+    ... )
     (True, 4)
     """
     rate, (_, B_bar) = unwind(ssm.dt * ssm.A)[:, None], discretize_diagonal(ssm)
     place = jnp.arange(Q) if past else jnp.arange(Q)[::-1]
-    written, read = B_bar[:, None] * jnp.exp(rate * (Q - 1 - place)), ssm.C[:, None] * jnp.exp(rate * (place + 1))
-    return (toeplitz(ssm_kernel(ssm, Q).at[0].add(ssm.D), past),
-            jnp.concatenate([written.real, written.imag]), jnp.concatenate([read.real, -read.imag]).T)
+    written, read = (
+        B_bar[:, None] * jnp.exp(rate * (Q - 1 - place)),
+        ssm.C[:, None] * jnp.exp(rate * (place + 1)),
+    )
+    return (
+        toeplitz(ssm_kernel(ssm, Q).at[0].add(ssm.D), past),
+        jnp.concatenate([written.real, written.imag]),
+        jnp.concatenate([read.real, -read.imag]).T,
+    )
 
 
 # %% [markdown]
@@ -950,25 +1217,46 @@ def block_products(ssm: DiagonalSSM, Q: int, past: bool
 # once more, one pole at a time, with blocks for tokens; so for few blocks it is again a product with a triangular
 # matrix, small enough to ignore. For very many a loop is cheaper.
 
+
 # %%
-def carry_states(written: Float[AnyArray, "*batch blocks twoN d"], rate: Complex[AnyArray, " N"], past: bool
-                 ) -> Float[Array, "*batch blocks twoN d"]:
-    """The states h_c on entering each block: h_{c+1} = exp(rate) h_c + written_c, from h_0 = 0.
+def carry_states(
+    written: Float[AnyArray, "*batch blocks twoN d"],
+    rate: Complex[AnyArray, " N"],
+    past: bool,
+) -> Float[Array, "*batch blocks twoN d"]:
+    """The states h_c on entering each block: h_{c+1} = exp(rate) h_c + written_c, from
+    h_0 = 0.
 
     >>> halve, ones = np.log(np.array([0.5 + 0j])), jnp.ones((4, 2, 1))
-    >>> carry_states(ones, halve, True)[:, 0, 0].tolist(), carry_states(ones, halve, False)[:, 0, 0].tolist()
+    >>> (
+    ...     carry_states(ones, halve, True)[:, 0, 0].tolist(),
+    ...     carry_states(ones, halve, False)[:, 0, 0].tolist(),
+    ... )
     ([0.0, 1.0, 1.5, 1.75], [1.75, 1.5, 1.0, 0.0])
     """
     *batch, blocks, _, d = written.shape
     w = jnp.asarray(written).reshape(*batch, blocks, 2, len(rate), d)
     if blocks <= 64:
-        gap = (jnp.arange(blocks)[:, None] - jnp.arange(blocks)) * (1 if past else -1) - 1
-        fade = jnp.where(gap >= 0, jnp.exp(rate[:, None, None] * jnp.maximum(gap, 0)), 0)
-        real = jnp.stack([jnp.stack([fade.real, -fade.imag]), jnp.stack([fade.imag, fade.real])])
-        return jnp.einsum("oinkj,...jind->...kond", real.astype(w.dtype), w).reshape(written.shape)
+        gap = (jnp.arange(blocks)[:, None] - jnp.arange(blocks)) * (
+            1 if past else -1
+        ) - 1
+        fade = jnp.where(
+            gap >= 0, jnp.exp(rate[:, None, None] * jnp.maximum(gap, 0)), 0
+        )
+        real = jnp.stack(
+            [jnp.stack([fade.real, -fade.imag]), jnp.stack([fade.imag, fade.real])]
+        )
+        return jnp.einsum("oinkj,...jind->...kond", real.astype(w.dtype), w).reshape(
+            written.shape
+        )
     w = jnp.moveaxis(w[..., 0, :, :] + 1j * w[..., 1, :, :], -3, 0)
-    step = lambda h, w: (jnp.exp(rate)[:, None] * h + w, h)
-    h = jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(w[0]), w, reverse=not past)[1], 0, -3)
+
+    def step(h, w):
+        return (jnp.exp(rate)[:, None] * h + w, h)
+
+    h = jnp.moveaxis(
+        jax.lax.scan(step, jnp.zeros_like(w[0]), w, reverse=not past)[1], 0, -3
+    )
     return jnp.concatenate([h.real, h.imag], -2).astype(written.dtype)
 
 
@@ -976,27 +1264,46 @@ def carry_states(written: Float[AnyArray, "*batch blocks twoN d"], rate: Complex
 # With that, (8) is three products: write, carry, and then convolve and read side by side. A CPU wants to be told that
 # the same matrix multiplies every block; a TPU sees it from the sum.
 
+
 # %%
-def convolve_blocks(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, block: int = 256,
-                    past: bool = True) -> Float[Array, "*batch L d"]:
-    """K * u + D u by equation (8), from only `block` samples of the kernel; linear in L.
+def convolve_blocks(
+    u: Float[AnyArray, "*batch L d"],
+    ssm: DiagonalSSM,
+    block: int = 256,
+    past: bool = True,
+) -> Float[Array, "*batch L d"]:
+    """K * u + D u by equation (8), from only `block` samples of the kernel; linear in
+    L.
 
     It equals the full convolution, whether or not the block divides the length:
 
-    >>> ssm, u = SSM(64, "lin", nnx.Rngs(1)).diagonal(), np.cos(np.arange(60.0)).reshape(30, 2)
+    >>> ssm, u = (
+    ...     SSM(64, "lin", nnx.Rngs(1)).diagonal(),
+    ...     np.cos(np.arange(60.0)).reshape(30, 2),
+    ... )
     >>> full = convolve_direct(u, ssm_kernel(ssm, 30).at[0].add(ssm.D))
-    >>> [bool(jnp.allclose(convolve_blocks(u, ssm, Q), full, atol=1e-4)) for Q in (7, 10, 64)]
+    >>> [
+    ...     bool(jnp.allclose(convolve_blocks(u, ssm, Q), full, atol=1e-4))
+    ...     for Q in (7, 10, 64)
+    ... ]
     [True, True, True]
     """
     u, (*batch, L, d) = jnp.asarray(u), u.shape
     Q, blocks = min(block, L), -(-L // min(block, L))
     shared = functools.partial(jnp.einsum, "ij,...jd->...id")
-    copied = lambda m, x: jnp.broadcast_to(m, x.shape[:-2] + m.shape) @ x
-    each = lambda *mx: jax.lax.platform_dependent(*mx, cpu=copied, default=shared)
+
+    def copied(m, x):
+        return jnp.broadcast_to(m, x.shape[:-2] + m.shape) @ x
+
+    def each(*mx):
+        return jax.lax.platform_dependent(*mx, cpu=copied, default=shared)
+
     T, write, read = (m.astype(u.dtype) for m in block_products(ssm, Q, past))
     if blocks == 1:
         return each(T, u)
-    x = jnp.pad(u, [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]).reshape(*batch, blocks, Q, d)
+    x = jnp.pad(u, [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]).reshape(
+        *batch, blocks, Q, d
+    )
     h = carry_states(each(write, x), unwind(Q * unwind(ssm.dt * ssm.A)), past)
     y = each(jnp.concatenate([T, read], 1), jnp.concatenate([x, h], -2))
     return y.reshape(*batch, blocks * Q, d)[..., :L, :]
@@ -1008,18 +1315,32 @@ def convolve_blocks(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, block: i
 # change, so its matrices are the same for every block and every sentence. Counted in operations, for one channel and
 # one direction, without the making of the kernel, which all channels and sentences share:
 
+
 # %%
 def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) -> float:
     """Operations of one convolution of one channel over L tokens.
 
-    >>> [round(convolution_operations(way, 4096) / 4096) for way in ("direct", "fft", "toeplitz", "blocks")]
+    >>> [
+    ...     round(convolution_operations(way, 4096) / 4096)
+    ...     for way in ("direct", "fft", "toeplitz", "blocks")
+    ... ]
     [4097, 136, 8192, 1056]
     """
     Q, blocks = min(Q, L), -(-L // min(Q, L))
-    return {"direct": 1.0 * L * (L + 1),                             # equation (7), term by term
-            "fft": 2 * 2.5 * 2 * L * np.log2(2 * L) + 6 * (L + 1),   # there, times the kernel's spectrum, and back
-            "toeplitz": 2.0 * L * L,                                 # half of it times zeros
-            "blocks": blocks * (2.0 * Q * Q + (blocks > 1) * 8 * N * (Q + (blocks if blocks <= 64 else 1)))}[algorithm]
+    return {
+        "direct": 1.0 * L * (L + 1),  # equation (7), term by term
+        "fft": (
+            2 * 2.5 * 2 * L * np.log2(2 * L) + 6 * (L + 1)
+        ),  # there, times the kernel's spectrum, and back
+        "toeplitz": 2.0 * L * L,  # half of it times zeros
+        "blocks": (
+            blocks
+            * (
+                2.0 * Q * Q
+                + (blocks > 1) * 8 * N * (Q + (blocks if blocks <= 64 else 1))
+            )
+        ),
+    }[algorithm]
 
 
 # %% [markdown]
@@ -1031,16 +1352,35 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 # layer is BERT's. It was measured on two CPU cores and estimated by the TPU's own compiler ([the
 # appendix](#appendix-b-how-close-to-the-hardware) has both):
 
+
 # %%
 @example
 def show_choice():
-    tables = [json.loads((DATA / file).read_text())["rows"] for file in ("benchmark.json", "tpu-v3.json")]
-    ratios = [{(row["length"], row["route"]): f"{row['ratio']:.2f}" for row in rows
-               if row["what"] == "layer, training" and row["ratio"]} for rows in tables]
-    print("training one large layer; time relative to no routing: two CPU cores / TPU v3")
+    tables = [
+        json.loads((DATA / file).read_text())["rows"]
+        for file in ("benchmark.json", "tpu-v3.json")
+    ]
+    ratios = [
+        {
+            (row["length"], row["route"]): f"{row['ratio']:.2f}"
+            for row in rows
+            if row["what"] == "layer, training" and row["ratio"]
+        }
+        for rows in tables
+    ]
+    print(
+        "training one large layer; time relative to no routing: two CPU cores / TPU v3"
+    )
     for L in sorted({length for length, _ in ratios[0]}):
-        print(f"{L:5d} tokens", *(f"{route} " + " / ".join(r.get((L, route), "-") for r in ratios)
-                                  for route in ("fft", "toeplitz", "blocks", "attention")), sep="   ")
+        print(
+            f"{L:5d} tokens",
+            *(
+                f"{route} " + " / ".join(r.get((L, route), "-") for r in ratios)
+                for route in ("fft", "toeplitz", "blocks", "attention")
+            ),
+            sep="   ",
+        )
+
 
 # %% [markdown]
 # On both, the matrix is as good as anything up to 512 tokens, and blocks are best from 1024 on (a single block is the
@@ -1052,21 +1392,40 @@ def show_choice():
 LONGEST_MATRIX = 512  # tokens up to which "auto" takes the matrix
 
 
-def convolve(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, past: bool = True,
-             algorithm: str = "auto") -> Float[Array, "*batch L d"]:
-    """K * u + D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512 tokens, then blocks.
+def convolve(
+    u: Float[AnyArray, "*batch L d"],
+    ssm: DiagonalSSM,
+    past: bool = True,
+    algorithm: str = "auto",
+) -> Float[Array, "*batch L d"]:
+    """K * u + D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512
+    tokens, then blocks.
 
-    >>> ssm, u = SSM(64, "inv", nnx.Rngs(2)).diagonal(), np.sin(np.arange(80.0)).reshape(40, 2)
+    >>> ssm, u = (
+    ...     SSM(64, "inv", nnx.Rngs(2)).diagonal(),
+    ...     np.sin(np.arange(80.0)).reshape(40, 2),
+    ... )
     >>> ways = [convolve(u, ssm, False, a) for a in ("auto", "fft", "blocks")]
-    >>> bool(jnp.allclose(ways[0], ways[1], atol=1e-4)), bool(jnp.allclose(ways[0], ways[2], atol=1e-4))
+    >>> (
+    ...     bool(jnp.allclose(ways[0], ways[1], atol=1e-4)),
+    ...     bool(jnp.allclose(ways[0], ways[2], atol=1e-4)),
+    ... )
     (True, True)
     """
-    way = algorithm if algorithm != "auto" else "toeplitz" if u.shape[-2] <= LONGEST_MATRIX else "blocks"
+    way = (
+        algorithm
+        if algorithm != "auto"
+        else "toeplitz"
+        if u.shape[-2] <= LONGEST_MATRIX
+        else "blocks"
+    )
     if way == "blocks":
         return convolve_blocks(u, ssm, past=past)
     ways = {"toeplitz": convolve_toeplitz, "fft": convolve_fft}
     if way not in ways:
-        raise UserError(f"convolution: {way!r} is unknown; choose auto, fft, toeplitz or blocks")
+        raise UserError(
+            f"convolution: {way!r} is unknown; choose auto, fft, toeplitz or blocks"
+        )
     return ways[way](u, ssm_kernel(ssm, u.shape[-2]).at[0].add(ssm.D), past)
 
 
@@ -1127,13 +1486,18 @@ def convolve(u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, past: bool = Tr
 # both ways are the same numbers.
 
 # %%
-gelu = functools.partial(jax.nn.gelu, approximate=True)   # in the layers
-gelu_exact = functools.partial(jax.nn.gelu, approximate=False)  # in the masked-LM head, and in BERT
-normal = functools.cache(nnx.initializers.normal)  # kept, so that models of one shape share their compiled programs
+gelu = functools.partial(jax.nn.gelu, approximate=True)  # in the layers
+gelu_exact = functools.partial(
+    jax.nn.gelu, approximate=False
+)  # in the masked-LM head, and in BERT
+normal = functools.cache(
+    nnx.initializers.normal
+)  # kept, so that models of one shape share their compiled programs
 
 
 class Dense(nnx.Linear):
-    """x W + b over the last axis; on a CPU as the product of a (tokens, channels) matrix.
+    """x W + b over the last axis; on a CPU as the product of a (tokens, channels)
+    matrix.
 
     >>> Dense(3, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3))).shape
     (2, 4, 5)
@@ -1141,7 +1505,10 @@ class Dense(nnx.Linear):
 
     def __call__(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch e"]:
         dense = super().__call__
-        merged = lambda x: dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+        def merged(x):
+            return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
         return jax.lax.platform_dependent(jnp.asarray(x), cpu=merged, default=dense)
 
 
@@ -1149,44 +1516,54 @@ class Dense(nnx.Linear):
 # The shape of a model is one frozen record. Its names are those of the published `config.json`, so
 # that file can be read and written as it is. What is marked as ours is not in it.
 
+
 # %%
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model, by default the published one. Bad values are refused here, by name.
+    """The shape of a model, by default the published one. Bad values are refused here,
+    by name.
 
-    >>> Config(routing="telepathy")
+    >>> Config(routing="telepathy")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: routing: 'telepathy' is unknown; choose one of ssm, attention, none
+    annotated_bigs.UserError: routing: 'telepathy' is unknown; choose one of ssm, ...
     """
+
     vocab_size: int = 30522
-    hidden_size: int = 1024                # d
+    hidden_size: int = 1024  # d
     num_hidden_layers: int = 23
-    intermediate_size: int = 3072          # 3d in a gated layer, 4d in a stacked one
-    max_position_embeddings: int = 128     # longest text, in tokens
+    intermediate_size: int = 3072  # 3d in a gated layer, 4d in a stacked one
+    max_position_embeddings: int = 128  # longest text, in tokens
     type_vocab_size: int = 2
     hidden_dropout_prob: float = 0.1
-    initializer_range: float = 0.02        # standard deviation of fresh dense weights
+    initializer_range: float = 0.02  # standard deviation of fresh dense weights
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
-    num_ssm: int = 64                      # N
-    scaling: str = "hippo"                 # hippo, lin or inv
+    num_ssm: int = 64  # N
+    scaling: str = "hippo"  # hippo, lin or inv
     pooler_type: str = "non_padding_mean"  # non_padding_mean, mean, or ours: cls
-    pre_norm: bool = True                  # x + f(LN(x)); False: LN(x + f(x))
+    pre_norm: bool = True  # x + f(LN(x)); False: LN(x + f(x))
     num_labels: int = 2
-    block: str = "gated"                   # ours: gated or stack
-    routing: str = "ssm"                   # ours: ssm, attention or none
-    num_attention_heads: int = 16          # ours, for attention
-    convolution: str = "auto"              # ours: auto, fft, toeplitz or blocks
-    mask_padding: bool = True              # ours: padding is silent; False in the published models
-    dtype: str = "float32"                 # ours: of products; bfloat16 on TPU and GPU
+    block: str = "gated"  # ours: gated or stack
+    routing: str = "ssm"  # ours: ssm, attention or none
+    num_attention_heads: int = 16  # ours, for attention
+    convolution: str = "auto"  # ours: auto, fft, toeplitz or blocks
+    mask_padding: bool = True  # ours: padding is silent; False in the published models
+    dtype: str = "float32"  # ours: of products; bfloat16 on TPU and GPU
 
     def __post_init__(self):
-        choices = {"scaling": SCALINGS, "pooler_type": ("non_padding_mean", "mean", "cls"),
-                   "block": ("gated", "stack"), "routing": ("ssm", "attention", "none"),
-                   "convolution": ("auto", "fft", "toeplitz", "blocks"), "dtype": ("float32", "bfloat16")}
+        choices = {
+            "scaling": SCALINGS,
+            "pooler_type": ("non_padding_mean", "mean", "cls"),
+            "block": ("gated", "stack"),
+            "routing": ("ssm", "attention", "none"),
+            "convolution": ("auto", "fft", "toeplitz", "blocks"),
+            "dtype": ("float32", "bfloat16"),
+        }
         for field, allowed in choices.items():
             if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"{field}: {value!r} is unknown; choose one of {', '.join(allowed)}")
+                raise UserError(
+                    f"{field}: {value!r} is unknown; choose one of {', '.join(allowed)}"
+                )
 
 
 # %% [markdown]
@@ -1197,24 +1574,45 @@ class Config:
 # as the rival to measure against; or none. In bfloat16 on a GPU attention is flash attention, which is told how
 # long a text is instead of a mask: padding has to stand at its end.
 
-# %%
-def route_ssm(u: Float[AnyArray, "L batch d"], ssm: SSM, past: bool, algorithm: str) -> Float[Array, "L batch d"]:
-    """One SSM over a batch: the same kernel for every channel of every sentence, equation (7).
 
-    >>> ssm, u = SSM(64, "hippo", nnx.Rngs(0)), jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3)
+# %%
+def route_ssm(
+    u: Float[AnyArray, "L batch d"], ssm: SSM, past: bool, algorithm: str
+) -> Float[Array, "L batch d"]:
+    """One SSM over a batch: the same kernel for every channel of every sentence,
+    equation (7).
+
+    >>> ssm, u = (
+    ...     SSM(64, "hippo", nnx.Rngs(0)),
+    ...     jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3),
+    ... )
     >>> together = route_ssm(u, ssm, True, "auto")
     >>> alone = convolve(u[:, 1], ssm.diagonal())
     >>> bool(jnp.allclose(together[:, 1], alone, atol=1e-5))
     True
     """
-    alone = lambda u, ssm: convolve(u, ssm, past, algorithm)
-    merged = lambda u, ssm: alone(u.reshape(u.shape[0], -1), ssm).reshape(u.shape)
-    return jax.lax.platform_dependent(jnp.asarray(u), ssm.diagonal(), cpu=merged, default=jax.vmap(alone, (1, None), 1))
+
+    def alone(u, ssm):
+        return convolve(u, ssm, past, algorithm)
+
+    def merged(u, ssm):
+        return alone(u.reshape(u.shape[0], -1), ssm).reshape(u.shape)
+
+    return jax.lax.platform_dependent(
+        jnp.asarray(u),
+        ssm.diagonal(),
+        cpu=merged,
+        default=jax.vmap(alone, (1, None), 1),
+    )
 
 
-def attend(q: Float[AnyArray, "L batch d"], k: Float[AnyArray, "L batch d"],
-           v: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], heads: int
-           ) -> Float[Array, "L batch d"]:
+def attend(
+    q: Float[AnyArray, "L batch d"],
+    k: Float[AnyArray, "L batch d"],
+    v: Float[AnyArray, "L batch d"],
+    mask: Bool[AnyArray, "L batch"],
+    heads: int,
+) -> Float[Array, "L batch d"]:
     """Attention, softmax(q k / sqrt(d / heads)) v, to tokens where the mask is true.
 
     With equal keys everyone reads the average of what the mask lets through:
@@ -1224,11 +1622,19 @@ def attend(q: Float[AnyArray, "L batch d"], k: Float[AnyArray, "L batch d"],
     [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
     """
     if q.shape[-1] % heads:
-        raise UserError(f"num_attention_heads: {heads} heads do not divide {q.shape[-1]} channels")
-    split = lambda x: jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 0, 1)
+        raise UserError(
+            f"num_attention_heads: {heads} heads do not divide {q.shape[-1]} channels"
+        )
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 0, 1)
+
     heard = {"mask": mask.T[:, None, None, :]}
     if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        heard = {"key_value_seq_lengths": mask.sum(0, dtype=jnp.int32), "implementation": "cudnn"}
+        heard = {
+            "key_value_seq_lengths": mask.sum(0, dtype=jnp.int32),
+            "implementation": "cudnn",
+        }
     y = jax.nn.dot_product_attention(split(q), split(k), split(v), **heard)
     return jnp.swapaxes(y, 0, 1).reshape(q.shape)
 
@@ -1236,14 +1642,23 @@ def attend(q: Float[AnyArray, "L batch d"], k: Float[AnyArray, "L batch d"],
 # %% [markdown]
 # Normalization keeps its statistics in float32, whatever the type of the products around it.
 
+
 # %%
 def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels, its statistics in float32, its output in the products' type.
+    """LayerNorm over channels, its statistics in float32, its output in the products'
+    type.
 
-    >>> round(float(layer_norm(Config(hidden_size=4), nnx.Rngs(0))(jnp.arange(4.0)).std()), 3)
+    >>> round(
+    ...     float(
+    ...         layer_norm(Config(hidden_size=4), nnx.Rngs(0))(jnp.arange(4.0)).std()
+    ...     ),
+    ...     3,
+    ... )
     1.0
     """
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=config.dtype, rngs=rngs)
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, dtype=config.dtype, rngs=rngs
+    )
 
 
 # %% [markdown]
@@ -1251,12 +1666,16 @@ def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 # sentence gets the same answer however far it is padded. The published model does not do that: its
 # padding tokens are convolved like any others. `mask_padding=False` restores its behaviour.
 
+
 # %%
-def silence(u: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], padding: bool
-            ) -> Float[Array, "L batch d"]:
+def silence(
+    u: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], padding: bool
+) -> Float[Array, "L batch d"]:
     """Zeros at padding, if padding is to be silent.
 
-    >>> silence(jnp.ones((2, 1, 1)), jnp.array([[True], [False]]), True).ravel().tolist()
+    >>> silence(
+    ...     jnp.ones((2, 1, 1)), jnp.array([[True], [False]]), True
+    ... ).ravel().tolist()
     [1.0, 0.0]
     """
     return u * mask[..., None].astype(u.dtype) if padding else jnp.asarray(u)
@@ -1268,11 +1687,16 @@ def silence(u: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], pa
 # that variant was never released. Our definition of it has the same dense layers: $W_f, W_b, W_{u_1}, W_{u_2}$ become
 # the projections for queries, keys, values and output.
 
+
 # %%
 class GatedLayer(nnx.Module):
-    """x + O of equation (9), after a LayerNorm. Change the word at 2, and every place hears of it:
+    """x + O of equation (9), after a LayerNorm. Change the word at 2, and every place
+    hears of it:
 
-    >>> layer = GatedLayer(Config(hidden_size=8, intermediate_size=24, initializer_range=0.5), nnx.Rngs(0))
+    >>> layer = GatedLayer(
+    ...     Config(hidden_size=8, intermediate_size=24, initializer_range=0.5),
+    ...     nnx.Rngs(0),
+    ... )
     >>> x, mask = jnp.sin(jnp.arange(32.0)).reshape(4, 1, 8), jnp.ones((4, 1), bool)
     >>> (layer(x, mask) != layer(x.at[2, 0, 0].add(1), mask)).any((1, 2)).tolist()
     [True, True, True, True]
@@ -1280,21 +1704,38 @@ class GatedLayer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         d, wide, self.config = config.hidden_size, config.intermediate_size, config
-        dense = functools.partial(Dense, dtype=config.dtype, rngs=rngs, kernel_init=normal(config.initializer_range))
+        dense = functools.partial(
+            Dense,
+            dtype=config.dtype,
+            rngs=rngs,
+            kernel_init=normal(config.initializer_range),
+        )
         self.norm = layer_norm(config, rngs)
         self.W_v, self.W_u, self.W_o = dense(d, wide), dense(d, wide), dense(wide, d)
         self.W_f, self.W_b, self.W_u1, self.W_u2 = (dense(d, d) for _ in range(4))
         if config.routing == "ssm":
-            self.forward, self.backward = (SSM(config.num_ssm, config.scaling, rngs) for _ in range(2))
+            self.forward, self.backward = (
+                SSM(config.num_ssm, config.scaling, rngs) for _ in range(2)
+            )
 
-    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]) -> Float[Array, "L batch d"]:
+    def __call__(
+        self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]
+    ) -> Float[Array, "L batch d"]:
         return self.mix_channels(*self.mix_tokens(x, mask))
 
     def mix_tokens(self, x, mask):
-        """x, the X of equation (9), and what SSM_f and SSM_b gathered, or attention in their place."""
+        """x, the X of equation (9), and what SSM_f and SSM_b gathered, or attention in
+        their place.
+        """
         c, h = self.config, self.norm(x) if self.config.pre_norm else x
         if c.routing == "attention":
-            return x, h, attend(self.W_f(h), self.W_b(h), self.W_u1(h), mask, c.num_attention_heads)
+            return (
+                x,
+                h,
+                attend(
+                    self.W_f(h), self.W_b(h), self.W_u1(h), mask, c.num_attention_heads
+                ),
+            )
         f, b = gelu(self.W_f(h)), gelu(self.W_b(h))
         if c.routing == "ssm":
             f, b = (silence(u, mask, c.mask_padding) for u in (f, b))
@@ -1303,8 +1744,14 @@ class GatedLayer(nnx.Module):
         return x, h, f, b
 
     def mix_channels(self, x, h, *gathered):
-        """x + O, with U_1 * U_2 of the two that were gathered; of attention, its output projection."""
-        U = self.W_u2(*gathered) if len(gathered) == 1 else self.W_u1(gathered[0]) * self.W_u2(gathered[1])
+        """x + O, with U_1 * U_2 of the two that were gathered; of attention, its output
+        projection.
+        """
+        U = (
+            self.W_u2(*gathered)
+            if len(gathered) == 1
+            else self.W_u1(gathered[0]) * self.W_u2(gathered[1])
+        )
         y = x + self.W_o(gelu(self.W_u(U)) * gelu(self.W_v(h)))
         return y if self.config.pre_norm else self.norm(y)
 
@@ -1319,36 +1766,57 @@ class GatedLayer(nnx.Module):
 # weights give it BERT's answers (`tests/test_bert.py`); only the dropouts that BERT has inside its layers are left
 # out.
 
+
 # %%
 class StackLayer(nnx.Module):
-    """A BERT layer: routing, then a feed-forward block of 4d, each with a residual and a LayerNorm.
+    """A BERT layer: routing, then a feed-forward block of 4d, each with a residual and
+    a LayerNorm.
 
-    >>> config = Config(hidden_size=8, intermediate_size=32, num_attention_heads=2, block="stack")
-    >>> StackLayer(config, nnx.Rngs(0))(jnp.ones((5, 2, 8)), jnp.ones((5, 2), bool)).shape
+    >>> config = Config(
+    ...     hidden_size=8, intermediate_size=32, num_attention_heads=2, block="stack"
+    ... )
+    >>> StackLayer(config, nnx.Rngs(0))(
+    ...     jnp.ones((5, 2, 8)), jnp.ones((5, 2), bool)
+    ... ).shape
     (5, 2, 8)
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         d, wide, self.config = config.hidden_size, config.intermediate_size, config
-        dense = functools.partial(Dense, dtype=config.dtype, rngs=rngs, kernel_init=normal(config.initializer_range))
+        dense = functools.partial(
+            Dense,
+            dtype=config.dtype,
+            rngs=rngs,
+            kernel_init=normal(config.initializer_range),
+        )
         self.norm1, self.norm2 = layer_norm(config, rngs), layer_norm(config, rngs)
         self.W_q, self.W_k, self.W_v, self.W_o = (dense(d, d) for _ in range(4))
         self.W_in, self.W_out = dense(d, wide), dense(wide, d)
         if config.routing == "ssm":
-            self.forward, self.backward = (SSM(config.num_ssm, config.scaling, rngs) for _ in range(2))
+            self.forward, self.backward = (
+                SSM(config.num_ssm, config.scaling, rngs) for _ in range(2)
+            )
 
-    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]) -> Float[Array, "L batch d"]:
+    def __call__(
+        self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]
+    ) -> Float[Array, "L batch d"]:
         return self.mix_channels(*self.mix_tokens(x, mask))
 
     def mix_tokens(self, x, mask):
         """x and what W_o reads: of attention, or of the second SSM."""
         c, u = self.config, self.norm1(x) if self.config.pre_norm else x
         if c.routing == "attention":
-            return x, attend(self.W_q(u), self.W_k(u), self.W_v(u), mask, c.num_attention_heads)
+            return x, attend(
+                self.W_q(u), self.W_k(u), self.W_v(u), mask, c.num_attention_heads
+            )
         u = silence(self.W_q(u), mask, c.mask_padding)
         u = route_ssm(u, self.forward, True, c.convolution) if c.routing == "ssm" else u
         u = silence(self.W_v(self.W_k(u)), mask, c.mask_padding)
-        return x, route_ssm(u, self.backward, False, c.convolution) if c.routing == "ssm" else u
+        return x, (
+            route_ssm(u, self.backward, False, c.convolution)
+            if c.routing == "ssm"
+            else u
+        )
 
     def mix_channels(self, x, gathered):
         """Two residuals: of what was gathered, and of the feed-forward block."""
@@ -1364,33 +1832,70 @@ class StackLayer(nnx.Module):
 # stands for a space:
 
 # %%
-BOXES = ("LN 0 1, W_v -2 2, W_f 0 2, W_b 2 2, SSM_f 0 3, SSM_b 2 3, W_u1 0 4, W_u2 2 4, × 1 4.8, W_u 1 5.6, "
-         "×* -0.5 6.4, W_o -0.5 7.2, +~x -0.5 8",
-         "dense 0 1, SSM_f 0 1.8, dense* 0 2.6, dense** 0 3.4, SSM_b 0 4.2, dense*** 0 5, +~LN 0 5.8, "
-         "feed~forward 0 6.8, +~LN* 0 7.8")
-ARROWS = ("LN>W_v LN>W_f LN>W_b W_f>SSM_f W_b>SSM_b SSM_f>W_u1 SSM_b>W_u2 W_u1>× W_u2>× ×>W_u W_u>×* W_v>×* "
-          "×*>W_o W_o>+~x",
-          "dense>SSM_f SSM_f>dense* dense*>dense** dense**>SSM_b SSM_b>dense*** dense***>+~LN +~LN>feed~forward "
-          "feed~forward>+~LN*")
+BOXES = (
+    (
+        "LN 0 1, W_v -2 2, W_f 0 2, W_b 2 2, SSM_f 0 3, SSM_b 2 3, W_u1 0 4, W_u2 2 4,"
+        " × 1 4.8, W_u 1 5.6, ×* -0.5 6.4, W_o -0.5 7.2, +~x -0.5 8"
+    ),
+    (
+        "dense 0 1, SSM_f 0 1.8, dense* 0 2.6, dense** 0 3.4, SSM_b 0 4.2, dense*** 0"
+        " 5, +~LN 0 5.8, feed~forward 0 6.8, +~LN* 0 7.8"
+    ),
+)
+ARROWS = (
+    (
+        "LN>W_v LN>W_f LN>W_b W_f>SSM_f W_b>SSM_b SSM_f>W_u1 SSM_b>W_u2 W_u1>× W_u2>×"
+        " ×>W_u W_u>×* W_v>×* ×*>W_o W_o>+~x"
+    ),
+    (
+        "dense>SSM_f SSM_f>dense* dense*>dense** dense**>SSM_b SSM_b>dense***"
+        " dense***>+~LN +~LN>feed~forward feed~forward>+~LN*"
+    ),
+)
 
 
-@figure(name="layers",
-        alt="Two flow diagrams. Gated: the input feeds three dense layers; the forward and backward SSM branches are "
-            "multiplied, then multiplied with the third branch. Stacked: routing and feed-forward blocks in sequence, "
-            "each with a residual sum.",
-        caption="The gated layer multiplies twice (red); the stacked layer only adds. Blue boxes mix tokens, all "
-                "others work on each token alone. Drawn by layers_figure.")
+@figure(
+    name="layers",
+    alt=(
+        "Two flow diagrams. Gated: the input feeds three dense layers; the forward and"
+        " backward SSM branches are multiplied, then multiplied with the third branch."
+        " Stacked: routing and feed-forward blocks in sequence, each with a residual"
+        " sum."
+    ),
+    caption=(
+        "The gated layer multiplies twice (red); the stacked layer only adds. Blue"
+        " boxes mix tokens, all others work on each token alone. Drawn by"
+        " layers_figure."
+    ),
+)
 def layers_figure():
     drawing, axes = canvas(1, 2, (9, 5), width_ratios=(3, 2))
-    for ax, title, boxes, arrows in zip(axes, ("gated (BiGS)", "stacked (BERT with SSMs)"), BOXES, ARROWS, strict=True):
-        places = {name: (float(x), float(y)) for name, x, y in (box.split() for box in boxes.split(","))}
+    for ax, title, boxes, arrows in zip(
+        axes, ("gated (BiGS)", "stacked (BERT with SSMs)"), BOXES, ARROWS, strict=True
+    ):
+        places = {
+            name: (float(x), float(y))
+            for name, x, y in (box.split() for box in boxes.split(","))
+        }
         for start, end in (arrow.split(">") for arrow in arrows.split()):
-            ax.annotate("", places[end], places[start],
-                        arrowprops=dict(arrowstyle="->", color=INK, shrinkA=11, shrinkB=11))
+            ax.annotate(
+                "",
+                places[end],
+                places[start],
+                arrowprops=dict(arrowstyle="->", color=INK, shrinkA=11, shrinkB=11),
+            )
         for name, place in places.items():
-            color = "#cfe2f3" if "SSM" in name else "#fde3d8" if "×" in name else "#eeeeee"
-            ax.text(*place, name.strip("*").replace("~", " "), ha="center", va="center", fontsize=9,
-                    bbox=dict(boxstyle="round", facecolor=color, edgecolor=INK, lw=0.7))
+            color = (
+                "#cfe2f3" if "SSM" in name else "#fde3d8" if "×" in name else "#eeeeee"
+            )
+            ax.text(
+                *place,
+                name.strip("*").replace("~", " "),
+                ha="center",
+                va="center",
+                fontsize=9,
+                bbox=dict(boxstyle="round", facecolor=color, edgecolor=INK, lw=0.7),
+            )
         ax.set(title=title, xlim=(-3, 3), ylim=(0.4, 8.6))
         ax.axis("off")
     return drawing
@@ -1399,6 +1904,7 @@ def layers_figure():
 @example
 def draw_layers():
     show(layers_figure)
+
 
 # %% [markdown]
 # The layer is complete: two kernels gather, two products decide. Count its weights once by eye:
@@ -1427,8 +1933,11 @@ def draw_layers():
 # before the heads. Position embeddings are the published model's choice; a convolution knows
 # distances without them.
 
+
 # %%
-def dropout(x: Float[AnyArray, "*shape"], rate: float, key: jax.Array | None) -> Float[Array, "*shape"]:
+def dropout(
+    x: Float[AnyArray, "*shape"], rate: float, key: jax.Array | None
+) -> Float[Array, "*shape"]:
     """Zero a random part of x and scale up the rest; nothing without a key.
 
     >>> x = dropout(jnp.ones(10_000), 0.1, jax.random.key(0))
@@ -1451,31 +1960,62 @@ LAYERS = {"gated": GatedLayer, "stack": StackLayer}
 
 
 class Encoder(nnx.Module):
-    """Embeddings and layers: tokens (batch, L) in, features (L, batch, d) out, time first; with
-    `positions` (batch, P) in each row, features (P, batch, d) of those alone.
+    """Embeddings and layers: tokens (batch, L) in, features (L, batch, d) out, time
+    first; with `positions` (batch, P) in each row, features (P, batch, d) of those
+    alone.
 
-    >>> Encoder(Config(50, 8, 1, 24, num_ssm=4), nnx.Rngs(0))(jnp.ones((3, 5), int), jnp.ones((3, 5), bool)).shape
+    >>> Encoder(Config(50, 8, 1, 24, num_ssm=4), nnx.Rngs(0))(
+    ...     jnp.ones((3, 5), int), jnp.ones((3, 5), bool)
+    ... ).shape
     (5, 3, 8)
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         drawn = normal(config.initializer_range)
-        table = lambda rows: nnx.Embed(rows, config.hidden_size, embedding_init=drawn, rngs=rngs)
+
+        def table(rows):
+            return nnx.Embed(rows, config.hidden_size, embedding_init=drawn, rngs=rngs)
+
         self.config = config
-        self.words, self.positions = table(config.vocab_size), table(config.max_position_embeddings)
+        self.words, self.positions = (
+            table(config.vocab_size),
+            table(config.max_position_embeddings),
+        )
         self.types, self.norm = table(config.type_vocab_size), layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: LAYERS[config.block](config, nnx.Rngs(key)))(keys)
+        self.layers = jax.vmap(lambda key: LAYERS[config.block](config, nnx.Rngs(key)))(
+            keys
+        )
 
-    def __call__(self, input_ids: Int[AnyArray, "batch L"], mask: Bool[AnyArray, "batch L"],
-                 token_type_ids: Int[AnyArray, "batch L"] | None = None, key: jax.Array | None = None,
-                 remat: bool = False, positions: Int[AnyArray, "batch P"] | None = None) -> Float[Array, "_ batch d"]:
+    def __call__(
+        self,
+        input_ids: Int[AnyArray, "batch L"],
+        mask: Bool[AnyArray, "batch L"],
+        token_type_ids: Int[AnyArray, "batch L"] | None = None,
+        key: jax.Array | None = None,
+        remat: bool = False,
+        positions: Int[AnyArray, "batch P"] | None = None,
+    ) -> Float[Array, "_ batch d"]:
         ids, mask, L = jnp.asarray(input_ids).T, jnp.asarray(mask).T, input_ids.shape[1]
-        types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids).T
+        types = (
+            jnp.zeros_like(ids)
+            if token_type_ids is None
+            else jnp.asarray(token_type_ids).T
+        )
         x = self.words(ids) + self.positions.embedding[:L, None] + self.types(types)
         x = dropout(self.norm(x), self.config.hidden_dropout_prob, key)
-        ask = lambda x: x if positions is None else jnp.take_along_axis(x, jnp.asarray(positions).T[..., None], axis=0)
-        body, count = lambda x, layer: (layer(x, mask), None), self.config.num_hidden_layers
+
+        def ask(x):
+            return (
+                x
+                if positions is None
+                else jnp.take_along_axis(x, jnp.asarray(positions).T[..., None], axis=0)
+            )
+
+        body, count = (
+            lambda x, layer: (layer(x, mask), None),
+            self.config.num_hidden_layers,
+        )
         body = jax.checkpoint(body) if remat else body
         if not unrolled(count):
             return ask(jax.lax.scan(body, x, self.layers)[0])
@@ -1494,6 +2034,7 @@ class Encoder(nnx.Module):
 # only some positions are asked for, as in pretraining, it mixes tokens everywhere but channels at those positions
 # alone. What comes out is the same.
 
+
 # %%
 def unrolled(layers: int) -> bool:
     """Whether to write each layer out for the compiler: up to eight, on a CPU.
@@ -1509,9 +2050,11 @@ def unrolled(layers: int) -> bool:
 # embeddings. It works on chosen positions only: pretraining asks about 15 % of the tokens, and the product
 # with the vocabulary is the largest of a small model, so the other 85 % are never computed.
 
+
 # %%
 class MaskedLMHead(nnx.Module):
-    """dense, exact GELU, LayerNorm, product with the word embeddings, a bias for each word.
+    """dense, exact GELU, LayerNorm, product with the word embeddings, a bias for each
+    word.
 
     >>> config, rngs = Config(vocab_size=7, hidden_size=4), nnx.Rngs(0)
     >>> MaskedLMHead(config, rngs)(jnp.ones((2, 4)), nnx.Embed(7, 4, rngs=rngs)).shape
@@ -1519,10 +2062,17 @@ class MaskedLMHead(nnx.Module):
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.dense = Dense(config.hidden_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
-        self.norm, self.bias = layer_norm(config, rngs), nnx.Param(jnp.zeros(config.vocab_size))
+        self.dense = Dense(
+            config.hidden_size, config.hidden_size, dtype=config.dtype, rngs=rngs
+        )
+        self.norm, self.bias = (
+            layer_norm(config, rngs),
+            nnx.Param(jnp.zeros(config.vocab_size)),
+        )
 
-    def __call__(self, x: Float[AnyArray, "*batch d"], words: nnx.Embed) -> Float[Array, "*batch V"]:
+    def __call__(
+        self, x: Float[AnyArray, "*batch d"], words: nnx.Embed
+    ) -> Float[Array, "*batch V"]:
         h = self.norm(gelu_exact(self.dense(x)))
         logits = h.reshape(-1, h.shape[-1]) @ words.embedding[...].astype(h.dtype).T
         return (logits.astype(jnp.float32) + self.bias[...]).reshape(*x.shape[:-1], -1)
@@ -1531,26 +2081,39 @@ class MaskedLMHead(nnx.Module):
 # %% [markdown]
 # A text is pooled into one vector by averaging its tokens (BERT takes the first one instead).
 
-# %%
-def pool(x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"], kind: str) -> Float[Array, "batch d"]:
-    """Average over the tokens of the mask, over all tokens ("mean"), or the first token ("cls").
 
-    >>> x, mask = jnp.array([[[2.0]], [[4.0]], [[9.0]]]), jnp.array([[True, True, False]])
+# %%
+def pool(
+    x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"], kind: str
+) -> Float[Array, "batch d"]:
+    """Average over the tokens of the mask, over all tokens ("mean"), or the first token
+    ("cls").
+
+    >>> x, mask = (
+    ...     jnp.array([[[2.0]], [[4.0]], [[9.0]]]),
+    ...     jnp.array([[True, True, False]]),
+    ... )
     >>> [pool(x, mask, kind).item() for kind in ("non_padding_mean", "mean", "cls")]
     [3.0, 5.0, 2.0]
     """
     if kind == "cls":
         return x[0]
-    weight = mask.T[..., None].astype(x.dtype) if kind == "non_padding_mean" else jnp.ones_like(x[..., :1])
+    weight = (
+        mask.T[..., None].astype(x.dtype)
+        if kind == "non_padding_mean"
+        else jnp.ones_like(x[..., :1])
+    )
     return (x * weight).sum(0) / jnp.maximum(weight.sum(0), 1)
 
 
 # %% [markdown]
 # The other heads give labels: for a whole text, from a pooled vector, or for each token.
 
+
 # %%
 class LabelHead(nnx.Module):
-    """Dropout and one dense layer; for tasks on a whole text, after pooling, a dense layer and a tanh.
+    """Dropout and one dense layer; for tasks on a whole text, after pooling, a dense
+    layer and a tanh.
 
     >>> head = LabelHead(Config(hidden_size=4), "sequence_classification", nnx.Rngs(0))
     >>> head(jnp.ones((5, 2, 4)), jnp.ones((2, 5), bool), None).shape
@@ -1558,14 +2121,31 @@ class LabelHead(nnx.Module):
     """
 
     def __init__(self, config: Config, task: str, rngs: nnx.Rngs):
-        self.config, pooled = config, task in ("sequence_classification", "multiple_choice")
-        self.dropout = 0.0 if task == "question_answering" else config.hidden_dropout_prob  # as in their code
-        outputs = {"question_answering": 2, "multiple_choice": 1}.get(task, config.num_labels)
-        self.pooler = Dense(config.hidden_size, config.hidden_size, rngs=rngs) if pooled else None
+        self.config, pooled = (
+            config,
+            task
+            in (
+                "sequence_classification",
+                "multiple_choice",
+            ),
+        )
+        self.dropout = (
+            0.0 if task == "question_answering" else config.hidden_dropout_prob
+        )  # as in their code
+        outputs = {"question_answering": 2, "multiple_choice": 1}.get(
+            task, config.num_labels
+        )
+        self.pooler = (
+            Dense(config.hidden_size, config.hidden_size, rngs=rngs) if pooled else None
+        )
         self.classifier = Dense(config.hidden_size, outputs, rngs=rngs)
 
-    def __call__(self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"],
-                 key: jax.Array | None) -> Float[Array, "*batch outputs"]:
+    def __call__(
+        self,
+        x: Float[AnyArray, "L batch d"],
+        mask: Bool[AnyArray, "batch L"],
+        key: jax.Array | None,
+    ) -> Float[Array, "*batch outputs"]:
         if self.pooler is None:
             h = jnp.swapaxes(x, 0, 1)
         else:
@@ -1578,26 +2158,41 @@ class LabelHead(nnx.Module):
 # JAX reads beyond the end of a table without complaint.
 
 # %%
-TASKS = {"masked_lm": "BiGSForMaskedLM", "sequence_classification": "BiGSForSequenceClassification",
-         "token_classification": "BiGSForTokenClassification",
-         "question_answering": "BiGSForQuestionAnswering", "multiple_choice": "BiGSForMultipleChoice"}
+TASKS = {
+    "masked_lm": "BiGSForMaskedLM",
+    "sequence_classification": "BiGSForSequenceClassification",
+    "token_classification": "BiGSForTokenClassification",
+    "question_answering": "BiGSForQuestionAnswering",
+    "multiple_choice": "BiGSForMultipleChoice",
+}
 
 
 def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
     """The shape of tokens, if they are some that the model can read.
 
-    >>> check_ids(np.array([[3, 50]]), Config(vocab_size=50), 2)
+    >>> check_ids(np.array([[3, 50]]), Config(vocab_size=50), 2)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: input_ids: 50 is none of this model's 50 words; use its own tokenizer
+    annotated_bigs.UserError: input_ids: 50 is none of this model's 50 words; ...
     """
     shape, limit = np.shape(input_ids), config.max_position_embeddings
     if len(shape) != axes:
-        raise UserError(f"input_ids: shape {shape}, but this task reads (batch, {'choices, ' * (axes - 2)}length)")
+        raise UserError(
+            f"input_ids: shape {shape}, but this task reads (batch,"
+            f" {'choices, ' * (axes - 2)}length)"
+        )
     if shape[-1] > limit:
-        raise UserError(f"input_ids: {shape[-1]} tokens, but this model reads at most {limit}; cut the text or pass "
-                        f"truncation=True and max_length={limit} to the tokenizer")
-    if not isinstance(input_ids, jax.core.Tracer) and (word := np.max(input_ids, initial=0)) >= config.vocab_size:
-        raise UserError(f"input_ids: {word} is none of this model's {config.vocab_size} words; use its own tokenizer")
+        raise UserError(
+            f"input_ids: {shape[-1]} tokens, but this model reads at most {limit}; cut"
+            f" the text or pass truncation=True and max_length={limit} to the tokenizer"
+        )
+    if (
+        not isinstance(input_ids, jax.core.Tracer)
+        and (word := np.max(input_ids, initial=0)) >= config.vocab_size
+    ):
+        raise UserError(
+            f"input_ids: {word} is none of this model's {config.vocab_size} words; use"
+            " its own tokenizer"
+        )
     return shape
 
 
@@ -1607,38 +2202,70 @@ def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
 # The authors' code always pads to the full length, so such a model does the same inside, and returns the answers for
 # the places that it was given.
 
+
 # %%
 class BiGS(nnx.Module):
-    """An encoder and a head. Output by task, for (batch, L) tokens: masked_lm (batch, L, vocab),
-    sequence_classification (batch, labels), token_classification (batch, L, labels),
-    question_answering two of (batch, L), multiple_choice (batch, choices) for (batch, choices, L).
+    """An encoder and a head. Output by task, for (batch, L) tokens: masked_lm (batch,
+    L, vocab), sequence_classification (batch, labels), token_classification (batch, L,
+    labels), question_answering two of (batch, L), multiple_choice (batch, choices) for
+    (batch, choices, L).
 
     >>> small, ids = Config(50, 8, 1, 24, num_ssm=4), np.ones((3, 5), int)
-    >>> [BiGS(small, task)(ids).shape for task in ("masked_lm", "sequence_classification")]
+    >>> [
+    ...     BiGS(small, task)(ids).shape
+    ...     for task in ("masked_lm", "sequence_classification")
+    ... ]
     [(3, 5, 50), (3, 2)]
     """
 
     def __init__(self, config: Config, task: str = "masked_lm", seed: int = 0):
         if task not in TASKS:
-            raise UserError(f"task: {task!r} is unknown; choose one of {', '.join(TASKS)}")
+            raise UserError(
+                f"task: {task!r} is unknown; choose one of {', '.join(TASKS)}"
+            )
         rngs = nnx.Rngs(seed)
         self.config, self.task, self.encoder = config, task, Encoder(config, rngs)
-        self.head = MaskedLMHead(config, rngs) if task == "masked_lm" else LabelHead(config, task, rngs)
+        self.head = (
+            MaskedLMHead(config, rngs)
+            if task == "masked_lm"
+            else LabelHead(config, task, rngs)
+        )
 
     def logits(self, ids, mask, types, key):
         keys = (None, None) if key is None else jax.random.split(key)
-        room = 0 if self.config.mask_padding else self.config.max_position_embeddings - ids.shape[1]
-        pad = lambda a, value: jnp.pad(a, [(0, 0), (0, room)], constant_values=value)
-        ids, mask, types = pad(ids, self.config.pad_token_id), pad(mask, False), pad(types, 0)
+        room = (
+            0
+            if self.config.mask_padding
+            else self.config.max_position_embeddings - ids.shape[1]
+        )
+
+        def pad(a, value):
+            return jnp.pad(a, [(0, 0), (0, room)], constant_values=value)
+
+        ids, mask, types = (
+            pad(ids, self.config.pad_token_id),
+            pad(mask, False),
+            pad(types, 0),
+        )
         x = self.encoder(ids, mask, types, keys[0])
         if self.task == "masked_lm":
             return self.head(jnp.swapaxes(x, 0, 1), self.encoder.words)
         return self.head(x, mask, keys[1])
 
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None, key=None):
-        *batch, L = shape = check_ids(input_ids, self.config, 2 + (self.task == "multiple_choice"))
-        ids, mask, types = (jnp.broadcast_to(jnp.asarray(default if a is None else a, jnp.int32), shape).reshape(-1, L)
-                            for a, default in ((input_ids, None), (attention_mask, 1), (token_type_ids, 0)))
+        *batch, L = shape = check_ids(
+            input_ids, self.config, 2 + (self.task == "multiple_choice")
+        )
+        ids, mask, types = (
+            jnp.broadcast_to(
+                jnp.asarray(default if a is None else a, jnp.int32), shape
+            ).reshape(-1, L)
+            for a, default in (
+                (input_ids, None),
+                (attention_mask, 1),
+                (token_type_ids, 0),
+            )
+        )
         y = compiled_logits(self, ids, mask > 0, types, key)
         if self.task == "multiple_choice":
             return y.reshape(batch)
@@ -1654,17 +2281,30 @@ class BiGS(nnx.Module):
 compiled_logits = jax.jit(BiGS.logits)  # of all positions
 
 
-def masked_logits(model: BiGS, positions: Int[AnyArray, "batch P"], *inputs, key: jax.Array | None = None,
-                  remat: bool = False) -> Float[Array, "P batch V"]:
-    """Masked-LM logits at the given positions; the inputs and options are those of the encoder.
+def masked_logits(
+    model: BiGS,
+    positions: Int[AnyArray, "batch P"],
+    *inputs,
+    key: jax.Array | None = None,
+    remat: bool = False,
+) -> Float[Array, "P batch V"]:
+    """Masked-LM logits at the given positions; the inputs and options are those of the
+    encoder.
 
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
     >>> ids = np.arange(10).reshape(2, 5)
     >>> some = masked_logits(model, np.array([[1], [3]]), ids, np.ones((2, 5), bool))
-    >>> bool(jnp.allclose(some[0], model(ids)[jnp.arange(2), jnp.array([1, 3])], atol=1e-6))
+    >>> bool(
+    ...     jnp.allclose(
+    ...         some[0], model(ids)[jnp.arange(2), jnp.array([1, 3])], atol=1e-6
+    ...     )
+    ... )
     True
     """
-    return model.head(model.encoder(*inputs, key=key, remat=remat, positions=positions), model.encoder.words)
+    return model.head(
+        model.encoder(*inputs, key=key, remat=remat, positions=positions),
+        model.encoder.words,
+    )
 
 
 asked_logits = jax.jit(masked_logits)
@@ -1678,17 +2318,38 @@ asked_logits = jax.jit(masked_logits)
 
 # %%
 large = Config()
-base = Config(hidden_size=768, num_hidden_layers=12, intermediate_size=2304, num_attention_heads=12)
-mini = Config(hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=4)
-boxed = Config(vocab_size=8192, hidden_size=192, num_hidden_layers=6, intermediate_size=576, num_attention_heads=3)
-tiny = Config(vocab_size=8192, hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=2)
+base = Config(
+    hidden_size=768,
+    num_hidden_layers=12,
+    intermediate_size=2304,
+    num_attention_heads=12,
+)
+mini = Config(
+    hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=4
+)
+boxed = Config(
+    vocab_size=8192,
+    hidden_size=192,
+    num_hidden_layers=6,
+    intermediate_size=576,
+    num_attention_heads=3,
+)
+tiny = Config(
+    vocab_size=8192,
+    hidden_size=128,
+    num_hidden_layers=4,
+    intermediate_size=384,
+    num_attention_heads=2,
+)
 SIZES = {"tiny": tiny, "boxed": boxed, "mini": mini, "base": base, "large": large}
 
 
 def parameters(config: Config, task: str = "masked_lm") -> int:
     """Number of parameters, from the shapes alone; nothing is allocated.
 
-    >>> parameters(replace(large, max_position_embeddings=512)) - parameters(large) == 384 * 1024
+    >>> parameters(replace(large, max_position_embeddings=512)) - parameters(
+    ...     large
+    ... ) == 384 * 1024
     True
     """
     shapes = jax.eval_shape(lambda: nnx.state(BiGS(config, task)))
@@ -1705,10 +2366,21 @@ def parameters(config: Config, task: str = "masked_lm") -> int:
 # gated ones of $13 d^2$. Written as configurations:
 
 # %%
-bert = replace(large, block="stack", routing="attention", num_hidden_layers=24, intermediate_size=4096,
-               pre_norm=False, pooler_type="cls")
-RIVALS = {"gated, SSM (BiGS)": large, "gated, attention": replace(large, routing="attention"),
-          "stacked, SSM": replace(bert, routing="ssm"), "stacked, attention (BERT)": bert}
+bert = replace(
+    large,
+    block="stack",
+    routing="attention",
+    num_hidden_layers=24,
+    intermediate_size=4096,
+    pre_norm=False,
+    pooler_type="cls",
+)
+RIVALS = {
+    "gated, SSM (BiGS)": large,
+    "gated, attention": replace(large, routing="attention"),
+    "stacked, SSM": replace(bert, routing="ssm"),
+    "stacked, attention (BERT)": bert,
+}
 
 # %% [markdown]
 # Gated with attention instead of SSMs it has `parameters(RIVALS["gated, attention"]) == 346302266`
@@ -1720,19 +2392,37 @@ RIVALS = {"gated, SSM (BiGS)": large, "gated, attention": replace(large, routing
 # adds $4 L^2 d$ a layer. With the FFT, the paper's algorithm, this reproduces all eight numbers of its Table
 # 8 to the printed digits, and so shows what that table counts: the forward pass of the encoder's layers.
 
+
 # %%
 def operations(config: Config, L: int, convolution: str = "fft") -> float:
-    """Operations of the encoder's layers for one text of L tokens, forward, by an algorithm of room 5.
+    """Operations of the encoder's layers for one text of L tokens, forward, by an
+    algorithm of room 5.
 
     >>> [f"{operations(large, L):.1e}" for L in (128, 512, 1024, 4096)]
     ['8.1e+10', '3.2e+11', '6.5e+11', '2.6e+12']
     >>> [f"{operations(bert, L):.1e}" for L in (128, 512, 1024, 4096)]
     ['7.9e+10', '3.4e+11', '7.2e+11', '4.1e+12']
     """
-    d, wide, by_length = config.hidden_size, config.intermediate_size, "toeplitz" if L <= LONGEST_MATRIX else "blocks"
-    weights = 3 * d * wide + 4 * d * d if config.block == "gated" else 4 * d * d + 2 * d * wide
-    way = by_length if convolution == "auto" else replace(config, convolution=convolution).convolution
-    route = {"ssm": 2 * d * convolution_operations(way, L, config.num_ssm), "attention": 4 * L * L * d, "none": 0}
+    d, wide, by_length = (
+        config.hidden_size,
+        config.intermediate_size,
+        "toeplitz" if L <= LONGEST_MATRIX else "blocks",
+    )
+    weights = (
+        3 * d * wide + 4 * d * d
+        if config.block == "gated"
+        else 4 * d * d + 2 * d * wide
+    )
+    way = (
+        by_length
+        if convolution == "auto"
+        else replace(config, convolution=convolution).convolution
+    )
+    route = {
+        "ssm": 2 * d * convolution_operations(way, L, config.num_ssm),
+        "attention": 4 * L * L * d,
+        "none": 0,
+    }
     return float(config.num_hidden_layers * (2 * weights * L + route[config.routing]))
 
 
@@ -1766,17 +2456,38 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
 # such as a stacked layer's dense layers, keeps our name.
 
 # %%
-LAYER_NAMES = {"norm": "LayerNorm", "W_v": "dv", "W_f": "du_forward", "W_b": "du_backward",
-               "W_u1": "duc_forward", "W_u2": "duc_backward", "W_u": "dol", "W_o": "do",
-               "forward": "fs4", "backward": "bs4"}
-NAMES = {"words": "embeddings/word_embeddings", "positions": "embeddings/position_embeddings",
-         "types": "embeddings/token_type_embeddings", "norm": "embeddings/LayerNorm"}
-HEAD_NAMES = {"dense": "cls/predictions/transform/dense", "norm": "cls/predictions/transform/LayerNorm",
-              "bias": "cls/predictions/bias", "pooler": "<root>pooler/dense", "classifier": "classifier"}
+LAYER_NAMES = {
+    "norm": "LayerNorm",
+    "W_v": "dv",
+    "W_f": "du_forward",
+    "W_b": "du_backward",
+    "W_u1": "duc_forward",
+    "W_u2": "duc_backward",
+    "W_u": "dol",
+    "W_o": "do",
+    "forward": "fs4",
+    "backward": "bs4",
+}
+NAMES = {
+    "words": "embeddings/word_embeddings",
+    "positions": "embeddings/position_embeddings",
+    "types": "embeddings/token_type_embeddings",
+    "norm": "embeddings/LayerNorm",
+}
+HEAD_NAMES = {
+    "dense": "cls/predictions/transform/dense",
+    "norm": "cls/predictions/transform/LayerNorm",
+    "bias": "cls/predictions/bias",
+    "pooler": "<root>pooler/dense",
+    "classifier": "classifier",
+}
 
 
-def published_names(path: tuple[str, ...], model: BiGS, root: str = "s4_bert/") -> list[str]:
-    """Where a parameter of ours lies in the published tree: one name, or one for each layer.
+def published_names(
+    path: tuple[str, ...], model: BiGS, root: str = "s4_bert/"
+) -> list[str]:
+    """Where a parameter of ours lies in the published tree: one name, or one for each
+    layer.
 
     >>> model = BiGS(Config(50, 8, 2, 24, num_ssm=4))
     >>> published_names(("encoder", "layers", "W_u", "kernel"), model)
@@ -1786,20 +2497,28 @@ def published_names(path: tuple[str, ...], model: BiGS, root: str = "s4_bert/") 
     """
     part, first, *rest = path
     if part == "head":
-        name = "qa_outputs" if (model.task, first) == ("question_answering", "classifier") else HEAD_NAMES[first]
+        name = (
+            "qa_outputs"
+            if (model.task, first) == ("question_answering", "classifier")
+            else HEAD_NAMES[first]
+        )
         return ["/".join([name.replace("<root>", root), *rest])]
     if first != "layers":
         return [root + "/".join([NAMES[first], *rest])]
     end = "/".join([LAYER_NAMES.get(rest[0], rest[0]), *rest[1:]])
-    return [f"{root}encoder/layer/{i}/{end}" for i in range(model.config.num_hidden_layers)]
+    return [
+        f"{root}encoder/layer/{i}/{end}" for i in range(model.config.num_hidden_layers)
+    ]
 
 
 # %% [markdown]
 # Saving walks over our parameters and gives each its published name, in float32, the layers apart.
 
+
 # %%
 def named_parameters(model: BiGS) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every parameter with its path of names, e.g. ("encoder", "layers", "W_u", "kernel").
+    """Every parameter with its path of names, e.g. ("encoder", "layers", "W_u",
+    "kernel").
 
     >>> next(iter(named_parameters(BiGS(Config(50, 8, 1, 24, num_ssm=4)))))[0][0]
     'encoder'
@@ -1809,7 +2528,8 @@ def named_parameters(model: BiGS) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def names_of(path: tuple) -> tuple[str, ...]:
-    """A pytree path as words: what is an attribute or a key, without what is the array's box.
+    """A pytree path as words: what is an attribute or a key, without what is the
+    array's box.
 
     >>> names_of((jax.tree_util.DictKey("head"), jax.tree_util.GetAttrKey("value")))
     ('head',)
@@ -1819,7 +2539,8 @@ def names_of(path: tuple) -> tuple[str, ...]:
 
 
 def published_tree(model: BiGS, compact: bool = False) -> dict[str, np.ndarray]:
-    """The model's arrays by published name, layers apart, the root named s4_bert; compact: matrices in bfloat16.
+    """The model's arrays by published name, layers apart, the root named s4_bert;
+    compact: matrices in bfloat16.
 
     >>> tree = published_tree(BiGS(Config(50, 8, 1, 24, num_ssm=4)))
     >>> tree["s4_bert/encoder/layer/0/fs4/log_step"].shape
@@ -1829,7 +2550,13 @@ def published_tree(model: BiGS, compact: bool = False) -> dict[str, np.ndarray]:
     for path, leaf in named_parameters(model):
         matrix = path[-1] in ("kernel", "embedding")
         array = np.asarray(leaf, jnp.bfloat16 if compact and matrix else np.float32)
-        tree |= dict(zip(published_names(path, model), array if "layers" in path else [array], strict=True))
+        tree |= dict(
+            zip(
+                published_names(path, model),
+                array if "layers" in path else [array],
+                strict=True,
+            )
+        )
     return tree
 
 
@@ -1839,23 +2566,32 @@ def published_tree(model: BiGS, compact: bool = False) -> dict[str, np.ndarray]:
 # not at all: it is written beside its place and then renamed. A `compact` file keeps matrices and embeddings in
 # bfloat16, half the size; only we read it, since the authors' code expects float32.
 
+
 # %%
 def save_pretrained(model: BiGS, directory: str | Path, compact: bool = False) -> None:
-    """Write config.json and flax_model.msgpack in the published format, replacing what was there.
+    """Write config.json and flax_model.msgpack in the published format, replacing what
+    was there.
 
     >>> import tempfile
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_pretrained(model, folder + "/m"); again = from_pretrained(folder + "/m")
+    ...     save_pretrained(model, folder + "/m")
+    ...     again = from_pretrained(folder + "/m")
     >>> bool(jnp.array_equal(model([[1, 2, 3]]), again([[1, 2, 3]])))
     True
     """
     from flax import serialization, traverse_util
+
     tree = traverse_util.unflatten_dict(published_tree(model, compact), sep="/")
-    config = asdict(model.config) | {"model_type": "BiGS", "architectures": [TASKS[model.task]]}
+    config = asdict(model.config) | {
+        "model_type": "BiGS",
+        "architectures": [TASKS[model.task]],
+    }
     (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-    for name, content in (("flax_model.msgpack", serialization.msgpack_serialize(tree)),
-                          ("config.json", json.dumps(config, indent=2).encode())):
+    for name, content in (
+        ("flax_model.msgpack", serialization.msgpack_serialize(tree)),
+        ("config.json", json.dumps(config, indent=2).encode()),
+    ):
         (directory / f"{name}.part").write_bytes(content)
         (directory / f"{name}.part").replace(directory / name)
 
@@ -1863,6 +2599,7 @@ def save_pretrained(model: BiGS, directory: str | Path, compact: bool = False) -
 # %% [markdown]
 # Loading goes the other way. A config without our fields is the authors', and there `mask_padding` is false;
 # older ones of theirs also lack `scaling` and `pooler_type`, for which our defaults stand.
+
 
 # %%
 def read_config(folder: Path) -> tuple[Config, str | None]:
@@ -1879,14 +2616,25 @@ def read_config(folder: Path) -> tuple[Config, str | None]:
         labels = {"num_labels": len(found["id2label"])} if found.get("id2label") else {}
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: not JSON, or not a model's ({error})") from None
-    given = labels | {f.name: found[f.name] for f in fields(Config) if found.get(f.name) is not None}
+    given = labels | {
+        f.name: found[f.name] for f in fields(Config) if found.get(f.name) is not None
+    }
     for name, value in given.items():
         usual = getattr(Config, name)
         kinds = (int, float) if isinstance(usual, float) else (type(usual),)
         if type(value) not in kinds or type(usual) is int and value < min(usual, 1):
-            raise UserError(f"{file}: {name} is {value!r}, but should be like {usual!r}")
+            raise UserError(
+                f"{file}: {name} is {value!r}, but should be like {usual!r}"
+            )
     own = str((found.get("architectures") or [""])[0])
-    task = next((task for task, name in TASKS.items() if own.endswith(name.removeprefix("BiGS"))), None)
+    task = next(
+        (
+            task
+            for task, name in TASKS.items()
+            if own.endswith(name.removeprefix("BiGS"))
+        ),
+        None,
+    )
     return Config(**{"mask_padding": False} | given), task
 
 
@@ -1895,6 +2643,7 @@ def read_config(folder: Path) -> tuple[Config, str | None]:
 # where the names of a tree are joined by dots, as Flax models on the hub have them, or by slashes. Both
 # formats hold numbers only. A PyTorch file is a pickle: reading it can run any program that someone has put
 # into it, so it is refused.
+
 
 # %%
 def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -1906,16 +2655,34 @@ def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     from flax import serialization, traverse_util
     from safetensors.numpy import load
-    files = (folder / name for name in ("flax_model.msgpack", "flax_model.safetensors", "model.safetensors"))
+
+    files = (
+        folder / name
+        for name in (
+            "flax_model.msgpack",
+            "flax_model.safetensors",
+            "model.safetensors",
+        )
+    )
     if (file := next((file for file in files if file.is_file()), None)) is None:
-        raise UserError(f"{folder}: flax_model.msgpack is missing; a pickle (pytorch_model.bin) is not read, because "
-                        "it can run any code; save its arrays under the published names as model.safetensors")
+        raise UserError(
+            f"{folder}: flax_model.msgpack is missing; a pickle (pytorch_model.bin) is"
+            " not read, because it can run any code; save its arrays under the"
+            " published names as model.safetensors"
+        )
     try:
         if file.suffix == ".safetensors":
-            return file, {name.replace(".", "/"): array for name, array in load(file.read_bytes()).items()}
-        return file, traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()), sep="/")
+            return file, {
+                name.replace(".", "/"): array
+                for name, array in load(file.read_bytes()).items()
+            }
+        return file, traverse_util.flatten_dict(
+            serialization.msgpack_restore(file.read_bytes()), sep="/"
+        )
     except Exception as error:
-        raise UserError(f"{file}: truncated or not {file.suffix[1:]} ({error})") from None
+        raise UserError(
+            f"{file}: truncated or not {file.suffix[1:]} ({error})"
+        ) from None
 
 
 # %% [markdown]
@@ -1928,10 +2695,14 @@ def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
 BOXED = DATA / "bigs-mini"
 
 
-def from_pretrained(directory_or_hub_name: str | Path = BOXED, task: str | None = None, **changes) -> BiGS:
-    """The model in a folder or on the hub, for its own task or another; fields of Config can be changed.
+def from_pretrained(
+    directory_or_hub_name: str | Path = BOXED, task: str | None = None, **changes
+) -> BiGS:
+    """The model in a folder or on the hub, for its own task or another; fields of
+    Config can be changed.
 
-    Raises UserError, naming the file and the parameter, where they do not fit; warns of a head drawn anew.
+    Raises UserError, naming the file and the parameter, where they do not fit; warns of
+    a head drawn anew.
 
     >>> from_pretrained().config == boxed
     True
@@ -1940,35 +2711,69 @@ def from_pretrained(directory_or_hub_name: str | Path = BOXED, task: str | None 
     Traceback (most recent call last):
     annotated_bigs.UserError: ...: no model here, config.json is missing
     """
-    folder = path if (path := Path(directory_or_hub_name)).exists() else download(str(directory_or_hub_name))
+    folder = (
+        path
+        if (path := Path(directory_or_hub_name)).exists()
+        else download(str(directory_or_hub_name))
+    )
     config, own_task = read_config(folder)
-    create = lambda: BiGS(replace(config, **changes), task or own_task or "masked_lm")
-    (file, tree), model, values, missing = read_tree(folder), jax.eval_shape(create), {}, []
+
+    def create():
+        return BiGS(replace(config, **changes), task or own_task or "masked_lm")
+
+    (file, tree), model, values, missing = (
+        read_tree(folder),
+        jax.eval_shape(create),
+        {},
+        [],
+    )
     words = "embeddings/word_embeddings/embedding"
-    root = next((name.removesuffix(words) for name in tree if name.endswith(words)), "s4_bert/")
-    head = lambda name: name.removeprefix(root).split("/")[0]
-    found = {head(name) for name in tree} - ({"classifier"} if own_task not in (None, model.task) else set())
+    root = next(
+        (name.removesuffix(words) for name in tree if name.endswith(words)), "s4_bert/"
+    )
+
+    def head(name):
+        return name.removeprefix(root).split("/")[0]
+
+    found = {head(name) for name in tree} - (
+        {"classifier"} if own_task not in (None, model.task) else set()
+    )
     for path, leaf in named_parameters(model):
         names = published_names(path, model, root)
         if path[0] == "head" and head(names[0]) not in found:
             missing += names
         else:
-            arrays = [take(tree, name, leaf.shape["layers" in path:], file) for name in names]
+            arrays = [
+                take(tree, name, leaf.shape["layers" in path :], file) for name in names
+            ]
             values[path] = np.stack(arrays) if "layers" in path else arrays[0]
     own = {head(published_names(path, model, root)[0]) for path in values}
-    if surplus := [name for name in tree if head(name) not in {"cls", "pooler", "classifier", "qa_outputs"} - own]:
-        raise UserError(f"{file}: parameters that config.json has no place for: {', '.join(surplus[:3])}")
+    if surplus := [
+        name
+        for name in tree
+        if head(name) not in {"cls", "pooler", "classifier", "qa_outputs"} - own
+    ]:
+        raise UserError(
+            f"{file}: parameters that config.json has no place for:"
+            f" {', '.join(surplus[:3])}"
+        )
     if missing:
         import warnings
-        warnings.warn(f"{file}: drawn anew, the file lacks {', '.join(missing)}", stacklevel=2)
+
+        warnings.warn(
+            f"{file}: drawn anew, the file lacks {', '.join(missing)}", stacklevel=2
+        )
     return with_parameters(create() if missing else model, values)
 
 
 # %% [markdown]
 # Two helpers take one array out of the tree and put arrays into a model.
 
+
 # %%
-def take(tree: dict[str, Any], name: str, shape: tuple[int, ...], file: Path) -> np.ndarray:
+def take(
+    tree: dict[str, Any], name: str, shape: tuple[int, ...], file: Path
+) -> np.ndarray:
     """Remove and return one array, checking its shape and its numbers.
 
     >>> take({"w": np.ones(3)}, "w", (4,), Path("here"))
@@ -1979,8 +2784,13 @@ def take(tree: dict[str, Any], name: str, shape: tuple[int, ...], file: Path) ->
         raise UserError(f"{file}: the weights lack {name}")
     array = np.asarray(tree.pop(name))
     if array.shape != tuple(shape):
-        raise UserError(f"{file}: {name} has shape {array.shape}, config.json wants {tuple(shape)}")
-    if not (jnp.issubdtype(array.dtype, jnp.floating) and np.isfinite(array := array.astype(np.float32)).all()):
+        raise UserError(
+            f"{file}: {name} has shape {array.shape}, config.json wants {tuple(shape)}"
+        )
+    if not (
+        jnp.issubdtype(array.dtype, jnp.floating)
+        and np.isfinite(array := array.astype(np.float32)).all()
+    ):
         raise UserError(f"{file}: {name} does not hold finite real numbers")
     return array
 
@@ -1993,12 +2803,16 @@ def with_parameters(model: BiGS, values: dict[tuple[str, ...], AnyArray]) -> BiG
     50.0
     """
     graph, state = nnx.split(model)
-    pick = lambda path, old: jnp.asarray(values.get(names_of(path), old), old.dtype)
+
+    def pick(path, old):
+        return jnp.asarray(values.get(names_of(path), old), old.dtype)
+
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(pick, state))
 
 
 # %% [markdown]
 # A third asks the hub.
+
 
 # %%
 def download(name: str) -> Path:
@@ -2006,14 +2820,27 @@ def download(name: str) -> Path:
 
     >>> download("no such name")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: no such name: no such folder, and the hub does not give it ...
+    annotated_bigs.UserError: no such name: no such folder, and the hub ...
     """
     from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "flax_model.msgpack", "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=[
+                    "*.json",
+                    "*.txt",
+                    "flax_model.msgpack",
+                    "*.safetensors",
+                ],
+            )
+        )
     except Exception as error:
-        raise UserError(f"{name}: no such folder, and the hub does not give it "
-                                f"({type(error).__name__}); pass the path of a model folder") from None
+        raise UserError(
+            f"{name}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}); pass the path of a model folder"
+        ) from None
 
 
 # %% [markdown]
@@ -2022,51 +2849,85 @@ def download(name: str) -> Path:
 # To hear what a model has learned, let it fill in words. Its tokenizer lies in its folder; the published models come
 # without one and use BERT's.
 
+
 # %% tags=["appendix"]
 def load_tokenizer(name: str | Path = BOXED):
-    """The tokenizer saved with a model, or BERT's for the published models, which come without one.
+    """The tokenizer saved with a model, or BERT's for the published models, which come
+    without one.
 
     >>> load_tokenizer().tokenize("The unwieldy reader")
     ['the', 'un', '##w', '##ield', '##y', 'reader']
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     folder = path if (path := Path(name)).exists() else download(str(name))
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     if path.exists():
-        raise UserError(f"{folder}: tokenizer.json is missing; copy it from the model it was trained with "
-                        "(the published ones use that of bert-large-uncased)")
+        raise UserError(
+            f"{folder}: tokenizer.json is missing; copy it from the model it was"
+            " trained with (the published ones use that of bert-large-uncased)"
+        )
     try:
         return AutoTokenizer.from_pretrained("bert-large-uncased")
     except OSError:
-        raise UserError(f"{name}: its tokenizer cannot be fetched from the hub; "
-                        "pass the path of a model folder") from None
+        raise UserError(
+            f"{name}: its tokenizer cannot be fetched from the hub; "
+            "pass the path of a model folder"
+        ) from None
 
 
 # %% [markdown]
 # The text is padded to the model's full length, so that one compiled program serves texts of any length, and only the
 # masks are asked.
 
+
 # %%
-def fill_mask(model: BiGS, tokenizer, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+def fill_mask(
+    model: BiGS, tokenizer, text: str, top: int = 5
+) -> list[list[tuple[str, float]]]:
     """The likeliest words and their probabilities for every [MASK] of a text.
 
     Raises UserError if there is no mask, or if the text is longer than the model reads.
 
-    >>> [len(words) for words in fill_mask(from_pretrained(), load_tokenizer(), "to [MASK] or not to [MASK]", top=3)]
+    >>> [
+    ...     len(words)
+    ...     for words in fill_mask(
+    ...         from_pretrained(), load_tokenizer(), "to [MASK] or not to [MASK]", top=3
+    ...     )
+    ... ]
     [3, 3]
-    >>> fill_mask(from_pretrained(), load_tokenizer(), "to be")
+    >>> fill_mask(from_pretrained(), load_tokenizer(), "to be")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: text: there is no [MASK] in it; write [MASK] where a word is to be filled in
+    annotated_bigs.UserError: text: there is no [MASK] in it; ...
     """
-    rows = tokenizer(text, padding="max_length", max_length=model.config.max_position_embeddings, truncation=False,
-                     verbose=False, return_tensors="np")
+    rows = tokenizer(
+        text,
+        padding="max_length",
+        max_length=model.config.max_position_embeddings,
+        truncation=False,
+        verbose=False,
+        return_tensors="np",
+    )
     check_ids(ids := rows["input_ids"], model.config, 2)
     if tokenizer.mask_token_id not in ids:
-        raise UserError("text: there is no [MASK] in it; write [MASK] where a word is to be filled in")
+        raise UserError(
+            "text: there is no [MASK] in it; write [MASK] where a word is to be"
+            " filled in"
+        )
     places = np.flatnonzero(ids[0] == tokenizer.mask_token_id)[None]
-    likely = np.asarray(jax.nn.softmax(asked_logits(model, places, ids, rows["attention_mask"] > 0)[:, 0]))
-    return [[(tokenizer.convert_ids_to_tokens(int(i)), float(p[i])) for i in np.argsort(-p)[:top]] for p in likely]
+    likely = np.asarray(
+        jax.nn.softmax(
+            asked_logits(model, places, ids, rows["attention_mask"] > 0)[:, 0]
+        )
+    )
+    return [
+        [
+            (tokenizer.convert_ids_to_tokens(int(i)), float(p[i]))
+            for i in np.argsort(-p)[:top]
+        ]
+        for p in likely
+    ]
 
 
 # %% [markdown]
@@ -2075,18 +2936,32 @@ def fill_mask(model: BiGS, tokenizer, text: str, top: int = 5) -> list[list[tupl
 # read is real English:
 
 # %%
-SAYINGS = ("The capital of France is [MASK].", "He opened the [MASK] and walked into the room.",
-           "She was born in [MASK] and grew up on a farm.", "The river flows into the Atlantic [MASK].",
-           "I do not [MASK] what you mean.", "The book was published [MASK] 1998.",
-           "In the winter the days are [MASK] and the nights are long.", "They have two [MASK], a boy and a girl.",
-           "He was the first [MASK] of the United States.", "The water was very [MASK].")
+SAYINGS = (
+    "The capital of France is [MASK].",
+    "He opened the [MASK] and walked into the room.",
+    "She was born in [MASK] and grew up on a farm.",
+    "The river flows into the Atlantic [MASK].",
+    "I do not [MASK] what you mean.",
+    "The book was published [MASK] 1998.",
+    "In the winter the days are [MASK] and the nights are long.",
+    "They have two [MASK], a boy and a girl.",
+    "He was the first [MASK] of the United States.",
+    "The water was very [MASK].",
+)
 
 
 @example
 def fill_some():
     model, tokenizer = from_pretrained(), load_tokenizer()
     for text in SAYINGS:
-        print(text, "  ", ", ".join(f"{word} {p:.0%}" for word, p in fill_mask(model, tokenizer, text, 4)[0]))
+        print(
+            text,
+            "  ",
+            ", ".join(
+                f"{word} {p:.0%}" for word, p in fill_mask(model, tokenizer, text, 4)[0]
+            ),
+        )
+
 
 # %% [markdown]
 # What is now known: a round trip through this format is exact, as the docstring of `save_pretrained` shows,
@@ -2119,11 +2994,22 @@ def fill_some():
 # everyone with the same versions has the same text.
 
 # %%
-PACKAGES = ("datasets", "flax", "matplotlib", "numpy", "optax", "orbax", "pandas", "scipy", "sklearn")
+PACKAGES = (
+    "datasets",
+    "flax",
+    "matplotlib",
+    "numpy",
+    "optax",
+    "orbax",
+    "pandas",
+    "scipy",
+    "sklearn",
+)
 
 
 class Document(NamedTuple):
     """A text and the module (or file) that it comes from."""
+
     module: str
     text: str
 
@@ -2131,9 +3017,11 @@ class Document(NamedTuple):
 # %% [markdown]
 # A syntax tree tells which strings are documentation:
 
+
 # %% tags=["appendix"]
 def docstrings(package: str) -> Iterator[Document]:
-    """Every documentation string of an installed package, module by module, read but not imported.
+    """Every documentation string of an installed package, module by module, read but
+    not imported.
 
     >>> next(docstrings("json")).module
     'json/__init__.py'
@@ -2141,7 +3029,10 @@ def docstrings(package: str) -> Iterator[Document]:
     spec = importlib.util.find_spec(package)
     root = Path(next(iter(spec.submodule_search_locations)))
     for file in sorted(root.rglob("*.py")):
-        module, source = file.relative_to(root.parent).as_posix(), file.read_text("utf-8", "ignore")
+        module, source = (
+            file.relative_to(root.parent).as_posix(),
+            file.read_text("utf-8", "ignore"),
+        )
         if "test" in module or '"""' not in source:
             continue
         stack = [ast.parse(source)]
@@ -2150,7 +3041,9 @@ def docstrings(package: str) -> Iterator[Document]:
             if text := ast.get_docstring(node):
                 yield Document(module, text)
             kinds = (ast.ClassDef, ast.FunctionDef)
-            stack += [child for child in reversed(node.body) if isinstance(child, kinds)]
+            stack += [
+                child for child in reversed(node.body) if isinstance(child, kinds)
+            ]
 
 
 # %% [markdown]
@@ -2160,29 +3053,67 @@ def docstrings(package: str) -> Iterator[Document]:
 
 # %% tags=["appendix"]
 HEADING = re.compile(r"^([A-Z][A-Za-z ]+)\n[-=~^]{3,}\s*$", re.MULTILINE)
-TABLES = {"Parameters", "Returns", "Attributes", "Examples", "See Also", "References", "Yields",
-          "Raises", "Methods", "Other Parameters", "Warns", "Example", "Return"}
-LISTS = re.compile("(args|arguments|returns?|raises|yields|attributes|examples?|see also|parameters|"
-                   "todo|notes?|references)s?:", re.IGNORECASE)
-MARKS = re.compile(r":[a-z:]+:`~?([^`<]+?)\s*(?:<[^>]*>)?`|``?([^`]+)``?_?_?|\[\d+\]_|\*\*?([^*\n]+)\*\*?")
+TABLES = {
+    "Parameters",
+    "Returns",
+    "Attributes",
+    "Examples",
+    "See Also",
+    "References",
+    "Yields",
+    "Raises",
+    "Methods",
+    "Other Parameters",
+    "Warns",
+    "Example",
+    "Return",
+}
+LISTS = re.compile(
+    "(args|arguments|returns?|raises|yields|attributes|examples?|see also|parameters|"
+    "todo|notes?|references)s?:",
+    re.IGNORECASE,
+)
+MARKS = re.compile(
+    r":[a-z:]+:`~?([^`<]+?)\s*(?:<[^>]*>)?`|``?([^`]+)``?_?_?|\[\d+\]_"
+    r"|\*\*?([^*\n]+)\*\*?"
+)
 
 
 def prose(docstring: str) -> Iterator[str]:
     """The sentences of a documentation string, one paragraph at a time.
 
-    >>> list(prose("Return the ``sum`` of two numbers.\\n\\nParameters\\n----------\\na : int\\n    One."))
+    >>> text = (
+    ...     "Return the ``sum`` of two numbers.\\n\\nParameters\\n----------\\na : int"
+    ... )
+    >>> list(prose(text))
     ['Return the sum of two numbers.']
-    >>> list(prose("Multiply.\\n\\n>>> 2 * 3\\n6\\n\\nThis is :func:`exact <x>` for small integers."))
-    ['This is exact for small integers.']
+    >>> text = (
+    ...     "Multiply.\\n\\n>>> 2 * 3\\n6\\n\\nThis is :func:`exact <x>` for integers."
+    ... )
+    >>> list(prose(text))
+    ['This is exact for integers.']
     """
     parts = HEADING.split(docstring)
-    blocks = parts[:1] + [body for title, body in zip(parts[1::2], parts[2::2], strict=True)
-                          if title.strip() not in TABLES]
-    for paragraph in (p for block in blocks for p in re.split(r"\n\s*\n", block.strip("\n"))):
-        if paragraph[:1].isspace() or any(mark in paragraph for mark in (">>>", "--", "%(", ".. ", "::")):
+    blocks = parts[:1] + [
+        body
+        for title, body in zip(parts[1::2], parts[2::2], strict=True)
+        if title.strip() not in TABLES
+    ]
+    for paragraph in (
+        p for block in blocks for p in re.split(r"\n\s*\n", block.strip("\n"))
+    ):
+        if paragraph[:1].isspace() or any(
+            mark in paragraph for mark in (">>>", "--", "%(", ".. ", "::")
+        ):
             continue
-        text = " ".join(MARKS.sub(lambda m: m[1] or m[2] or m[3] or "", paragraph).split())
-        sentence = re.match(r"[A-Z\"'(]", text) and text.endswith((".", "!", "?")) and not LISTS.match(text)
+        text = " ".join(
+            MARKS.sub(lambda m: m[1] or m[2] or m[3] or "", paragraph).split()
+        )
+        sentence = (
+            re.match(r"[A-Z\"'(]", text)
+            and text.endswith((".", "!", "?"))
+            and not LISTS.match(text)
+        )
         words = len(re.sub("[^A-Za-z ,.']", "", text)) > 0.93 * len(text)
         if sentence and words and len(text.split()) >= 5:
             yield text
@@ -2193,9 +3124,11 @@ def prose(docstring: str) -> Iterator[str]:
 # so that no held-out paragraph has been seen in training. Whole modules are held out, one in sixteen, chosen
 # by a checksum of their name.
 
+
 # %%
 class Corpus(NamedTuple):
     """Documents to train on, documents held out, and where they come from, in words."""
+
     train: list[Document]
     heldout: list[Document]
     source: str
@@ -2204,24 +3137,34 @@ class Corpus(NamedTuple):
 # %% [markdown]
 # The first occurrence of each paragraph:
 
+
 # %% tags=["appendix"]
 def without_repeats(documents: Iterable[Document]) -> list[Document]:
     """Documents of prose in which no paragraph occurs a second time.
 
-    >>> twice = [Document("a.py", "We say this only once."), Document("b.py", "We say this only once.")]
+    >>> twice = [
+    ...     Document("a.py", "We say this only once."),
+    ...     Document("b.py", "We say this only once."),
+    ... ]
     >>> [document.module for document in without_repeats(twice)]
     ['a.py']
     """
     first = {}
     for number, (module, text) in enumerate(documents):
         for paragraph in prose(text):
-            first.setdefault(re.sub("[^a-z]", "", paragraph.lower()), (number, module, paragraph))
+            first.setdefault(
+                re.sub("[^a-z]", "", paragraph.lower()), (number, module, paragraph)
+            )
     groups = itertools.groupby(first.values(), key=lambda place: place[:2])
-    return [Document(module, " ".join(paragraph for *_, paragraph in group)) for (_, module), group in groups]
+    return [
+        Document(module, " ".join(paragraph for *_, paragraph in group))
+        for (_, module), group in groups
+    ]
 
 
 # %% [markdown]
 # The split, and the corpus:
+
 
 # %%
 def is_heldout(module: str) -> bool:
@@ -2235,25 +3178,42 @@ def is_heldout(module: str) -> bool:
 
 @functools.cache
 def embedded_english() -> Corpus:
-    """Prose from the documentation strings of PACKAGES, split by module; gathered in `tests/test_text.py`."""
+    """Prose from the documentation strings of PACKAGES, split by module; gathered in
+    `tests/test_text.py`.
+    """
     documents = without_repeats(d for package in PACKAGES for d in docstrings(package))
-    part = lambda heldout: [d for d in documents if is_heldout(d.module) == heldout]
-    return Corpus(part(False), part(True), "documentation strings of " + ", ".join(PACKAGES))
+
+    def part(heldout):
+        return [d for d in documents if is_heldout(d.module) == heldout]
+
+    return Corpus(
+        part(False), part(True), "documentation strings of " + ", ".join(PACKAGES)
+    )
 
 
 # %% [markdown]
 # How much is it, and what does it sound like?
+
 
 # %%
 @example
 def describe_english():
     corpus = embedded_english()
     texts = corpus.train + corpus.heldout
-    sizes = {p: sum(len(d.text) for d in texts if d.module.startswith(p + "/")) / 1e6 for p in PACKAGES}
-    print(f"{sum(sizes.values()):.2f} MB:", ", ".join(f"{package} {size:.2f}" for package, size in sizes.items()))
-    print(f"{len(corpus.train)} texts to train on, {len(corpus.heldout)} held out, of "
-          f"{len({d.module for d in corpus.heldout})} other modules")
+    sizes = {
+        p: sum(len(d.text) for d in texts if d.module.startswith(p + "/")) / 1e6
+        for p in PACKAGES
+    }
+    print(
+        f"{sum(sizes.values()):.2f} MB:",
+        ", ".join(f"{package} {size:.2f}" for package, size in sizes.items()),
+    )
+    print(
+        f"{len(corpus.train)} texts to train on, {len(corpus.heldout)} held out, of "
+        f"{len({d.module for d in corpus.heldout})} other modules"
+    )
     print("for example:", corpus.heldout[7].text[:300])
+
 
 # %% [markdown]
 # Any other text will do: [the appendix](#appendix-a-text-of-your-own) reads files, folders, and data sets of
@@ -2265,24 +3225,46 @@ def describe_english():
 # spelled from pieces. The `tokenizers` library does both, and this is its tokenizer for a given vocabulary, be it
 # ours or the 30,522 pieces of BERT, which the published models use:
 
+
 # %%
 def wordpiece(vocabulary: dict[str, int]):
     """A BERT-style tokenizer with this vocabulary, as a Hugging Face fast tokenizer.
 
     >>> pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "low", "##er"]
-    >>> wordpiece({piece: i for i, piece in enumerate(pieces)})("Lower low")["input_ids"]
+    >>> wordpiece({piece: i for i, piece in enumerate(pieces)})("Lower low")[
+    ...     "input_ids"
+    ... ]
     [2, 5, 6, 5, 3]
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from transformers import PreTrainedTokenizerFast
+
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    pieces.normalizer, pieces.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     pieces.decoder = decoders.WordPiece()
     pieces.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")])
-    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]",
-                                   cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 # %% [markdown]
@@ -2291,25 +3273,42 @@ def wordpiece(vocabulary: dict[str, int]):
 # tokenizer is then made from the vocabulary alone, where they are pieces like any other. Only the 400 commonest
 # letters are kept: large corpora hold thousands.
 
+
 # %%
 def train_tokenizer(texts: list[str], vocab_size: int = 8192):
-    """A BERT-style WordPiece tokenizer trained on texts; the same texts give the same pieces.
+    """A BERT-style WordPiece tokenizer trained on texts; the same texts give the same
+    pieces.
 
     >>> tokenizer = train_tokenizer(["low lower lowest", "new newer newest"] * 10, 40)
     >>> tokenizer.convert_ids_to_tokens(tokenizer("lower")["input_ids"])
     ['[CLS]', 'lower', '[SEP]']
     """
     from tokenizers import normalizers, trainers
+
     special, counts = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], Counter()
     normalizer = normalizers.BertNormalizer()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
-    commonest = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    commonest = sorted(
+        (c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c)
+    )
     letters = sorted(commonest[:400])
     trained = wordpiece({token: i for i, token in enumerate(special)}).backend_tokenizer
-    trained.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=letters, limit_alphabet=len(letters),
-        special_tokens=special + [f"##{letter}" for letter in letters if letter.isalnum() or ord(letter) > 127]))
+    trained.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            special_tokens=special
+            + [
+                f"##{letter}"
+                for letter in letters
+                if letter.isalnum() or ord(letter) > 127
+            ],
+        ),
+    )
     return wordpiece(trained.get_vocab())
 
 
@@ -2319,6 +3318,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 8192):
 # mask, so their rows may end early; packing wastes nothing, at the price of rows that begin in the middle of a
 # sentence. Texts are handed to the tokenizer a few megabytes at a time, line by line, so that all cores work even
 # on one long book, and what does not fill a row waits for the next few.
+
 
 # %%
 def taken(texts: Iterator[str], characters: float | int) -> Iterator[str]:
@@ -2332,29 +3332,59 @@ def taken(texts: Iterator[str], characters: float | int) -> Iterator[str]:
         yield text
 
 
-def packed(texts: Iterable[str], tokenizer, L: int, megabytes: float = 2.0) -> Iterator[Int[np.ndarray, "rows L"]]:
-    """Blocks of rows of exactly L tokens: [CLS], L - 2 tokens of the running text, [SEP].
+def packed(
+    texts: Iterable[str], tokenizer, L: int, megabytes: float = 2.0
+) -> Iterator[Int[np.ndarray, "rows L"]]:
+    """Blocks of rows of exactly L tokens: [CLS], L - 2 tokens of the running text,
+    [SEP].
 
     >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
-    >>> [rows.shape for rows in packed(["a b c", "d e f g"] * 4, tokenizer, 6, megabytes=1e-5)]  # 9 tokens at a time
+    >>> [
+    ...     rows.shape
+    ...     for rows in packed(["a b c", "d e f g"] * 4, tokenizer, 6, megabytes=1e-5)
+    ... ]  # 9 tokens at a time
     [(2, 6), (2, 6), (2, 6), (3, 6)]
     """
-    stream, texts, separator = np.zeros(0, np.int32), iter(texts), tokenizer.sep_token_id
+    stream, texts, separator = (
+        np.zeros(0, np.int32),
+        iter(texts),
+        tokenizer.sep_token_id,
+    )
     while some := list(taken(texts, megabytes * 1e6)):
-        lines = [(number, line) for number, text in enumerate(some) for line in text.split("\n")]
-        found = tokenizer([line for _, line in lines], add_special_tokens=False, verbose=False,
-                          return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        lines = [
+            (number, line)
+            for number, text in enumerate(some)
+            for line in text.split("\n")
+        ]
+        found = tokenizer(
+            [line for _, line in lines],
+            add_special_tokens=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
         ends = [a != b for (a, _), (b, _) in itertools.pairwise([*lines, (None, "")])]
-        ids = [t for line, end in zip(found, ends, strict=True) for t in (*line, *[separator] * end)]
+        ids = [
+            t
+            for line, end in zip(found, ends, strict=True)
+            for t in (*line, *[separator] * end)
+        ]
         stream = np.concatenate([stream, np.array(ids, np.int32)])
         rows = len(stream) // (L - 2)
-        body, stream = stream[:rows * (L - 2)].reshape(rows, L - 2), stream[rows * (L - 2):]
-        yield np.pad(np.pad(body, [(0, 0), (1, 0)], constant_values=tokenizer.cls_token_id),
-                     [(0, 0), (0, 1)], constant_values=separator)
+        body, stream = (
+            stream[: rows * (L - 2)].reshape(rows, L - 2),
+            stream[rows * (L - 2) :],
+        )
+        yield np.pad(
+            np.pad(body, [(0, 0), (1, 0)], constant_values=tokenizer.cls_token_id),
+            [(0, 0), (0, 1)],
+            constant_values=separator,
+        )
 
 
 # %% [markdown]
 # A small text is packed at once.
+
 
 # %%
 def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
@@ -2366,7 +3396,10 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
     """
     rows = np.concatenate([np.zeros((0, L), np.int32), *packed(texts, tokenizer, L)])
     if len(rows) == 0:
-        raise UserError(f"corpus: {sum(map(len, texts))} characters do not fill one row of {L} tokens; give more text")
+        raise UserError(
+            f"corpus: {sum(map(len, texts))} characters do not fill one row of {L}"
+            " tokens; give more text"
+        )
     return rows
 
 
@@ -2376,6 +3409,7 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
 # The task is BERT's. Of a row's tokens, 15 % are asked, 19 of 128, never a special one. (BERT's arrays have 20 places
 # for 128 tokens; the last is never filled, and ours do without it.) Of those asked, 80 % become [MASK], 10 % a random
 # word piece of the whole vocabulary, 10 % stay as they are; the model has to give the original of all.
+
 
 # %%
 def asked_of(L: int) -> int:
@@ -2388,34 +3422,51 @@ def asked_of(L: int) -> int:
 
 
 class Batch(NamedTuple):
-    """One batch for masked language modelling; label 0 ([PAD]) means that nothing is asked there."""
+    """One batch for masked language modelling; label 0 ([PAD]) means that nothing is
+    asked there.
+    """
+
     input_ids: Int[AnyArray, "batch L"]
     positions: Int[AnyArray, "batch P"]
     labels: Int[AnyArray, "batch P"]
-    lengths: Int[AnyArray, " batch"] | None = None  # tokens before the padding; None: no row has any
+    lengths: Int[AnyArray, " batch"] | None = (
+        None  # tokens before the padding; None: no row has any
+    )
 
 
 class Rows(NamedTuple):
-    """Rows, in memory or mapped from disk, and what masking has to know of the vocabulary."""
+    """Rows, in memory or mapped from disk, and what masking has to know of the
+    vocabulary.
+    """
+
     tokens: Any  # indexed by an array of numbers, it gives (numbers, L)
     vocab_size: int
     mask_id: int
     special_ids: tuple[int, ...]
-    masked: tuple[Any, Any, Any] | None = None  # positions, labels, lengths, where masks were drawn offline
+    masked: tuple[Any, Any, Any] | None = (
+        None  # positions, labels, lengths, where masks were drawn offline
+    )
 
 
 # %% [markdown]
 # The authors drew masks once, offline. We draw them anew in every epoch: a token's luck is three numbers between 0
 # and 1, and they depend on the seed, the epoch and the number of the row alone.
 
+
 # %%
 def luck(seed: int, epoch: int, row: int, L: int) -> Float[np.ndarray, "3 L"]:
-    """Three numbers between 0 and 1 for every token of a row, by a counter: the same arguments, the same luck.
+    """Three numbers between 0 and 1 for every token of a row, by a counter: the same
+    arguments, the same luck.
 
-    >>> np.array_equal(luck(0, 1, 2, 5), luck(0, 1, 2, 5)), np.array_equal(luck(0, 1, 2, 5), luck(0, 2, 2, 5))
+    >>> (
+    ...     np.array_equal(luck(0, 1, 2, 5), luck(0, 1, 2, 5)),
+    ...     np.array_equal(luck(0, 1, 2, 5), luck(0, 2, 2, 5)),
+    ... )
     (True, False)
     """
-    counter = np.random.Philox(key=seed, counter=[0, 0, epoch, row])  # the first two count the numbers drawn
+    counter = np.random.Philox(
+        key=seed, counter=[0, 0, epoch, row]
+    )  # the first two count the numbers drawn
     return np.random.Generator(counter).random((3, L), np.float32)
 
 
@@ -2423,12 +3474,18 @@ def luck(seed: int, epoch: int, row: int, L: int) -> Float[np.ndarray, "3 L"]:
 # The first number decides who is asked: a special token gets one point more, and the lowest are asked. The second
 # decides what is shown there, the third which random word.
 
+
 # %%
-def mask_tokens(rows: Rows, numbers: Int[np.ndarray, " batch"], luck: Float[np.ndarray, "batch 3 L"]) -> Batch:
-    """Mask 15 % of the tokens of the rows with these numbers by BERT's rule, 80 % [MASK], 10 % random, 10 % kept.
+def mask_tokens(
+    rows: Rows, numbers: Int[np.ndarray, " batch"], luck: Float[np.ndarray, "batch 3 L"]
+) -> Batch:
+    """Mask 15 % of the tokens of the rows with these numbers by BERT's rule, 80 %
+    [MASK], 10 % random, 10 % kept.
 
     >>> rows = Rows(np.arange(5, 5 + 4 * 128).reshape(4, 128), 1000, 4, (0, 2, 3))
-    >>> batch = mask_tokens(rows, np.arange(4), np.random.default_rng(0).random((4, 3, 128), np.float32))
+    >>> batch = mask_tokens(
+    ...     rows, np.arange(4), np.random.default_rng(0).random((4, 3, 128), np.float32)
+    ... )
     >>> batch.positions.shape, int((batch.labels > 0).sum(1).max())
     ((4, 19), 19)
     >>> original = np.take_along_axis(rows.tokens, batch.positions, 1)
@@ -2454,6 +3511,7 @@ def mask_tokens(rows: Rows, numbers: Int[np.ndarray, " batch"], luck: Float[np.n
 # places of which epoch are meant, so a batch is a pure function of the seed and its number. That is what makes an
 # interrupted run repeatable; and where several processes share a batch, each makes its own rows of it alone.
 
+
 # %%
 @functools.lru_cache(2)
 def epoch_order(rows: int, seed: int, epoch: int) -> Int[np.ndarray, " rows"]:
@@ -2465,34 +3523,59 @@ def epoch_order(rows: int, seed: int, epoch: int) -> Int[np.ndarray, " rows"]:
     return np.random.default_rng((seed, 0, epoch)).permutation(rows)
 
 
-def batch_at(rows: Rows, size: int, seed: int, step: int, masks: int = 0, own: slice = slice(None)) -> Batch:
-    """Batch number `step`, or a process's own part of it; nothing but (seed, step) decides.
+def batch_at(
+    rows: Rows,
+    size: int,
+    seed: int,
+    step: int,
+    masks: int = 0,
+    own: slice = slice(None),
+) -> Batch:
+    """Batch number `step`, or a process's own part of it; nothing but (seed, step)
+    decides.
 
-    With `masks` above zero, a row is masked in only so many ways, which take turns, as if drawn offline.
+    With `masks` above zero, a row is masked in only so many ways, which take turns, as
+    if drawn offline.
 
     >>> rows = Rows(np.arange(5, 5 + 4 * 128).reshape(4, 128), 1000, 4, (0, 2, 3))
     >>> a, b, c, d = (batch_at(rows, 2, 0, step) for step in (7, 7, 8, 9))
-    >>> np.array_equal(a.input_ids, b.input_ids), np.array_equal(a.input_ids, c.input_ids)
+    >>> (
+    ...     np.array_equal(a.input_ids, b.input_ids),
+    ...     np.array_equal(a.input_ids, c.input_ids),
+    ... )
     (True, False)
-    >>> np.array_equal(batch_at(rows, 2, 0, 7, own=slice(1, 2)).input_ids[0], a.input_ids[1])
+    >>> np.array_equal(
+    ...     batch_at(rows, 2, 0, 7, own=slice(1, 2)).input_ids[0], a.input_ids[1]
+    ... )
     True
     """
     epochs, places = np.divmod(step * size + np.arange(size)[own], len(rows.tokens))
-    chosen = [(e, int(epoch_order(len(rows.tokens), seed, e)[i])) for e, i in zip(epochs.tolist(), places, strict=True)]
+    chosen = [
+        (e, int(epoch_order(len(rows.tokens), seed, e)[i]))
+        for e, i in zip(epochs.tolist(), places, strict=True)
+    ]
     numbers = np.array([row for _, row in chosen])
     if rows.masked is not None:
         return Batch(rows.tokens[numbers], *(column[numbers] for column in rows.masked))
     L = rows.tokens[numbers[:1]].shape[1]
-    return mask_tokens(rows, numbers, np.stack([luck(seed, e % masks if masks else e, row, L) for e, row in chosen]))
+    return mask_tokens(
+        rows,
+        numbers,
+        np.stack([luck(seed, e % masks if masks else e, row, L) for e, row in chosen]),
+    )
 
 
 # %% [markdown]
 # A data set for pretraining is the tokenizer, rows to train on, and rows held out. The held-out rows
 # are masked once, the same way for everyone, so that losses can be compared.
 
+
 # %%
 class Dataset(NamedTuple):
-    """What pretraining reads: a tokenizer, training rows, and held-out batches with fixed masks."""
+    """What pretraining reads: a tokenizer, training rows, and held-out batches with
+    fixed masks.
+    """
+
     tokenizer: Any
     train: Rows
     heldout: list[Batch]
@@ -2518,11 +3601,15 @@ def fixed_batches(rows: Rows, count: int = 256, batch: int = 64) -> list[Batch]:
     [(32, 1), (32, 1)]
     """
     batch = min(batch, len(rows.tokens))
-    return [batch_at(rows, batch, 0, step) for step in range(max(1, min(count, len(rows.tokens)) // batch))]
+    return [
+        batch_at(rows, batch, 0, step)
+        for step in range(max(1, min(count, len(rows.tokens)) // batch))
+    ]
 
 
 # %% [markdown]
 # From a corpus, and for the demonstration:
+
 
 # %%
 def make_dataset(corpus: Corpus, tokenizer, L: int) -> Dataset:
@@ -2530,12 +3617,22 @@ def make_dataset(corpus: Corpus, tokenizer, L: int) -> Dataset:
 
     >>> documents = [Document("m", "a b c d e f g")] * 20
     >>> tokenizer = train_tokenizer([d.text for d in documents], 30)
-    >>> make_dataset(Corpus(documents, documents, "letters"), tokenizer, 10).train.tokens.shape
+    >>> make_dataset(
+    ...     Corpus(documents, documents, "letters"), tokenizer, 10
+    ... ).train.tokens.shape
     (20, 10)
     """
-    train, heldout = (rows_for(tokenizer, pack([d.text for d in part], tokenizer, L))
-                      for part in (corpus.train, corpus.heldout))
-    return Dataset(tokenizer, train, fixed_batches(heldout), corpus.source, f"{zlib.crc32(train.tokens):08x}")
+    train, heldout = (
+        rows_for(tokenizer, pack([d.text for d in part], tokenizer, L))
+        for part in (corpus.train, corpus.heldout)
+    )
+    return Dataset(
+        tokenizer,
+        train,
+        fixed_batches(heldout),
+        corpus.source,
+        f"{zlib.crc32(train.tokens):08x}",
+    )
 
 
 @functools.cache
@@ -2549,6 +3646,7 @@ def tiny_dataset() -> Dataset:
 # %% [markdown]
 # A look at what the model will see:
 
+
 # %%
 @example
 def describe_batch():
@@ -2557,6 +3655,7 @@ def describe_batch():
     print(f"{data.train.tokens.size:,} training tokens; the first 40 of a masked row:")
     print(data.tokenizer.decode(batch.input_ids[0, :40]))
     print("asked:", data.tokenizer.convert_ids_to_tokens(batch.labels[0, :6]))
+
 
 # %% [markdown]
 # Text has become batches: each is a function of its number, and no held-out paragraph occurs in training.
@@ -2581,8 +3680,11 @@ def describe_batch():
 #
 # $$ \ell = -\frac{1}{|M|} \sum_{(b, i) \in M} \log p\,(w_{b,i} \mid \text{masked text}). \tag{10} $$
 
+
 # %%
-def masked_loss(logits: Float[AnyArray, "P batch V"], labels: Int[AnyArray, "batch P"]) -> Float[Array, ""]:
+def masked_loss(
+    logits: Float[AnyArray, "P batch V"], labels: Int[AnyArray, "batch P"]
+) -> Float[Array, ""]:
     """Equation (10), in nats a masked token; label 0 is not counted.
 
     A model that knows nothing pays log V for each word:
@@ -2592,26 +3694,39 @@ def masked_loss(logits: Float[AnyArray, "P batch V"], labels: Int[AnyArray, "bat
     True
     """
     wanted = jnp.asarray(labels).T
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), wanted)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), wanted
+    )
     return (losses * (wanted > 0)).sum() / jnp.maximum((wanted > 0).sum(), 1)
 
 
 # %% [markdown]
 # The loss of a model on a batch. Rows that were packed are full, and every token is to be heard:
 
+
 # %%
-def batch_loss(model: BiGS, batch: Batch, key: jax.Array | None = None, remat: bool = False) -> Float[Array, ""]:
+def batch_loss(
+    model: BiGS, batch: Batch, key: jax.Array | None = None, remat: bool = False
+) -> Float[Array, ""]:
     """Equation (10) on one batch; with a key, under dropout.
 
-    >>> batch = Batch(jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]]))
+    >>> batch = Batch(
+    ...     jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]])
+    ... )
     >>> loss = batch_loss(BiGS(Config(50, 8, 1, 24, num_ssm=4)), batch)
     >>> bool(abs(loss - jnp.log(50)) < 0.5)  # an untrained model knows next to nothing
     True
     """
     rows, L = batch.input_ids.shape
     lengths = jnp.full(rows, L) if batch.lengths is None else jnp.asarray(batch.lengths)
-    logits = masked_logits(model, batch.positions, batch.input_ids, jnp.arange(L) < lengths[:, None],
-                           key=key, remat=remat)
+    logits = masked_logits(
+        model,
+        batch.positions,
+        batch.input_ids,
+        jnp.arange(L) < lengths[:, None],
+        key=key,
+        remat=remat,
+    )
     return masked_loss(logits, batch.labels)
 
 
@@ -2621,10 +3736,12 @@ def batch_loss(model: BiGS, batch: Batch, key: jax.Array | None = None, remat: b
 # 6e-4, 2 % of warm-up, then a cosine down to a tenth. It reads `RECIPES["documented"].tokens == 13_414_400_000`
 # tokens. The paper's table says 1 % of warm-up; we follow the documented run.
 
+
 # %%
 @dataclass(frozen=True)
 class Recipe:
-    """How to pretrain: `length` in tokens, rates per step of AdamW. Numbers without sense are refused.
+    """How to pretrain: `length` in tokens, rates per step of AdamW. Numbers without
+    sense are refused.
 
     >>> Recipe(steps=0)
     Traceback (most recent call last):
@@ -2633,33 +3750,50 @@ class Recipe:
     Traceback (most recent call last):
     annotated_bigs.UserError: accumulate: a batch of 10 cannot be cut into 4 equal parts
     """
+
     steps: int = 100_000
     batch: int = 1048
     length: int = 128
-    learning_rate: float = 6e-4   # peak
-    ssm_rate: float = 1.0         # the SSMs' learning rate, as a multiple of the others'
+    learning_rate: float = 6e-4  # peak
+    ssm_rate: float = 1.0  # the SSMs' learning rate, as a multiple of the others'
     weight_decay: float = 0.05
-    ssm_decay: bool = True        # does the decay reach the SSMs? In the published run it does
-    warmup: float = 0.02          # share of the steps
+    ssm_decay: bool = (
+        True  # does the decay reach the SSMs? In the published run it does
+    )
+    warmup: float = 0.02  # share of the steps
     seed: int = 0
-    masks: int = 0                # ways to mask a row, in turn; 0: another one in every epoch
-    accumulate: int = 1           # parts of a batch that are computed one after the other
-    remat: bool = False           # recompute the layers in the backward pass, to save memory
-    shard: bool = False           # split parameters and moments among the devices
-    log_every: int = 10           # steps between lines of the log
-    evaluate_every: int = 1000    # steps between held-out losses
-    save_every: int = 1000        # steps between checkpoints
-    keep: int = 2                 # checkpoints that stay
+    masks: int = 0  # ways to mask a row, in turn; 0: another one in every epoch
+    accumulate: int = 1  # parts of a batch that are computed one after the other
+    remat: bool = False  # recompute the layers in the backward pass, to save memory
+    shard: bool = False  # split parameters and moments among the devices
+    log_every: int = 10  # steps between lines of the log
+    evaluate_every: int = 1000  # steps between held-out losses
+    save_every: int = 1000  # steps between checkpoints
+    keep: int = 2  # checkpoints that stay
 
     def __post_init__(self):
         for field, value in asdict(self).items():
-            least = 0 if field in ("weight_decay", "ssm_rate", "warmup", "seed", "masks") else 1e-30
+            least = (
+                0
+                if field in ("weight_decay", "ssm_rate", "warmup", "seed", "masks")
+                else 1e-30
+            )
             if not isinstance(value, bool) and value < least:
-                raise UserError(f"{field}: {value} is not positive" if least else f"{field}: {value} is negative")
+                raise UserError(
+                    f"{field}: {value} is not positive"
+                    if least
+                    else f"{field}: {value} is negative"
+                )
         if self.batch % self.accumulate:
-            raise UserError(f"accumulate: a batch of {self.batch} cannot be cut into {self.accumulate} equal parts")
+            raise UserError(
+                f"accumulate: a batch of {self.batch} cannot be cut into"
+                f" {self.accumulate} equal parts"
+            )
 
-    tokens = property(lambda self: self.steps * self.batch * self.length, doc="Tokens read, with repetition.")
+    tokens = property(
+        lambda self: self.steps * self.batch * self.length,
+        doc="Tokens read, with repetition.",
+    )
 
 
 # %% [markdown]
@@ -2677,34 +3811,83 @@ class Recipe:
 # is better is a question for measurement, [below](#published-or-annotated).
 
 # %%
-GROUPS = {"published": dict(ssm_rate=1.0, ssm_decay=True), "annotated": dict(ssm_rate=2.0, ssm_decay=False)}
+GROUPS = {
+    "published": dict(ssm_rate=1.0, ssm_decay=True),
+    "annotated": dict(ssm_rate=2.0, ssm_decay=False),
+}
 documented = Recipe(remat=True)
-reading = lambda tokens: replace(documented, steps=round(tokens / (documented.batch * documented.length)))
-RECIPES = {"documented": documented, "short": reading(11e9), "medium": reading(29e9), "full": reading(97e9),
-           "longer": replace(documented, steps=10_000, batch=104, length=512, learning_rate=4e-5),
-           "demonstration": Recipe(steps=2000, batch=8, learning_rate=1e-3, weight_decay=0.01, warmup=0.05,
-                                   evaluate_every=500, **GROUPS["annotated"]),
-           "boxed": Recipe(steps=16_000, batch=32, learning_rate=1e-3, warmup=0.05, log_every=50, keep=20),
-           "quarter-hour": Recipe(steps=3000, batch=256, learning_rate=1e-3, weight_decay=0.01, warmup=0.05,
-                                  save_every=500, evaluate_every=500, remat=True, **GROUPS["annotated"])}
+
+
+def of_tokens(tokens):
+    """The documented run, with as many steps as so many tokens take.
+
+    >>> of_tokens(2 * 1048 * 128).steps
+    2
+    """
+    return replace(
+        documented, steps=round(tokens / (documented.batch * documented.length))
+    )
+
+
+RECIPES = {
+    "documented": documented,
+    "short": of_tokens(11e9),
+    "medium": of_tokens(29e9),
+    "full": of_tokens(97e9),
+    "longer": replace(
+        documented, steps=10_000, batch=104, length=512, learning_rate=4e-5
+    ),
+    "demonstration": Recipe(
+        steps=2000,
+        batch=8,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        warmup=0.05,
+        evaluate_every=500,
+        **GROUPS["annotated"],
+    ),
+    "boxed": Recipe(
+        steps=16_000, batch=32, learning_rate=1e-3, warmup=0.05, log_every=50, keep=20
+    ),
+    "quarter-hour": Recipe(
+        steps=3000,
+        batch=256,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        warmup=0.05,
+        save_every=500,
+        evaluate_every=500,
+        remat=True,
+        **GROUPS["annotated"],
+    ),
+}
 
 
 def schedule(recipe: Recipe) -> Callable[[int], float]:
     """Learning rate by step: up from zero, then a cosine down to a tenth of the peak.
 
     >>> rate, recipe = schedule(RECIPES["documented"]), RECIPES["documented"]
-    >>> [round(float(rate(step)) / recipe.learning_rate, 3) for step in (0, 1000, 2000, 51_000, 100_000)]
+    >>> [
+    ...     round(float(rate(step)) / recipe.learning_rate, 3)
+    ...     for step in (0, 1000, 2000, 51_000, 100_000)
+    ... ]
     [0.0, 0.5, 1.0, 0.55, 0.1]
     """
     rising = min(max(1, round(recipe.warmup * recipe.steps)), recipe.steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, rising, recipe.steps,
-                                              end_value=recipe.learning_rate / 10)
+    return optax.warmup_cosine_decay_schedule(
+        0.0,
+        recipe.learning_rate,
+        rising,
+        recipe.steps,
+        end_value=recipe.learning_rate / 10,
+    )
 
 
 # %% [markdown]
 # The optimizer is AdamW with $\beta_1 = 0.9$, $\beta_2 = 0.98$ and $\epsilon = 10^{-6}$, without gradient clipping,
 # with groups of parameters that are found by their paths. Biases and normalization scales are never decayed; matrices
 # and embeddings always are; the SSMs are, if asked.
+
 
 # %%
 def is_ssm(path: tuple) -> bool:
@@ -2717,32 +3900,55 @@ def is_ssm(path: tuple) -> bool:
 
 
 def is_decayed(path: tuple, ssm_decay: bool) -> bool:
-    """Whether weight decay reaches this parameter: kernels, embeddings and, if asked, SSMs.
+    """Whether weight decay reaches this parameter: kernels, embeddings and, if asked,
+    SSMs.
 
-    >>> [is_decayed((jax.tree_util.GetAttrKey(name),), True) for name in ("kernel", "embedding", "bias", "scale")]
+    >>> [
+    ...     is_decayed((jax.tree_util.GetAttrKey(name),), True)
+    ...     for name in ("kernel", "embedding", "bias", "scale")
+    ... ]
     [True, True, False, False]
     """
     return ssm_decay if is_ssm(path) else names_of(path)[-1] in ("kernel", "embedding")
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with beta 0.9 and 0.98, epsilon 1e-6, the recipe's schedule, and groups by path.
+    """AdamW with beta 0.9 and 0.98, epsilon 1e-6, the recipe's schedule, and groups by
+    path.
 
     With zero gradients only decay acts, and only on what it may touch:
 
-    >>> tx = make_optimizer(Recipe(warmup=0.0, learning_rate=1.0, weight_decay=0.5, ssm_decay=False))
-    >>> params = {"kernel": jnp.ones(1), "bias": jnp.ones(1), "forward": {"A_re": jnp.ones(1)}}
+    >>> tx = make_optimizer(
+    ...     Recipe(warmup=0.0, learning_rate=1.0, weight_decay=0.5, ssm_decay=False)
+    ... )
+    >>> params = {
+    ...     "kernel": jnp.ones(1),
+    ...     "bias": jnp.ones(1),
+    ...     "forward": {"A_re": jnp.ones(1)},
+    ... }
     >>> state = tx.init(params)
-    >>> for _ in range(2): updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(
+    ...         jax.tree.map(jnp.zeros_like, params), state, params
+    ...     )
     >>> jax.tree.map(lambda u: round(abs(u.item()), 2), updates)
     {'bias': 0.0, 'forward': {'A_re': 0.0}, 'kernel': 0.5}
     """
-    decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: is_decayed(p, recipe.ssm_decay), tree)
-    ssm = lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: is_ssm(p), tree)
-    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-6),
-                       optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
-                       optax.scale_by_learning_rate(schedule(recipe)),
-                       optax.masked(optax.scale(recipe.ssm_rate), ssm))
+
+    def decayed(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda p, _: is_decayed(p, recipe.ssm_decay), tree
+        )
+
+    def ssm(tree):
+        return jax.tree_util.tree_map_with_path(lambda p, _: is_ssm(p), tree)
+
+    return optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-6),
+        optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule(recipe)),
+        optax.masked(optax.scale(recipe.ssm_rate), ssm),
+    )
 
 
 # %% [markdown]
@@ -2766,21 +3972,26 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 # mesh, the parameters are copied to each, and the compiler inserts the sum of the gradients. All we say is
 # where arrays lie.
 
+
 # %%
 class State(NamedTuple):
     """All that a run is: its step, its parameters, the optimizer's moments."""
+
     step: Int[Array, ""]
     model: BiGS
     moments: Any
 
 
 def place(axis: int | None = None) -> jax.sharding.NamedSharding:
-    """Where an array goes: a whole copy on every device, or split among all of them along an axis.
+    """Where an array goes: a whole copy on every device, or split among all of them
+    along an axis.
 
     >>> tuple(place().spec), tuple(place(1).spec)
     ((), (None, 'data'))
     """
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     axes = [] if axis is None else [None] * axis + ["data"]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
@@ -2790,29 +4001,46 @@ def place(axis: int | None = None) -> jax.sharding.NamedSharding:
 # holds three times the model. With `shard` each array is split along its longest axis that the devices divide, and
 # gathered by the compiler when it is needed.
 
+
 # %%
 def places(tree: Any, shard: bool) -> Any:
-    """A place for every array of a tree: copies, or split if asked, where an axis can be.
+    """A place for every array of a tree: copies, or split if asked, where an axis can
+    be.
 
-    >>> tuple(places({"kernel": jnp.ones((3, 8)), "bias": jnp.ones(())}, True)["bias"].spec)
+    >>> tuple(
+    ...     places({"kernel": jnp.ones((3, 8)), "bias": jnp.ones(())}, True)[
+    ...         "bias"
+    ...     ].spec
+    ... )
     ()
     """
+
     def of(array):
-        axes = [a for a in range(array.ndim) if shard and array.shape[a] % len(jax.devices()) == 0]
+        axes = [
+            a
+            for a in range(array.ndim)
+            if shard and array.shape[a] % len(jax.devices()) == 0
+        ]
         return place(max(axes, key=lambda a: array.shape[a], default=None))
+
     return jax.tree.map(of, tree)
 
 
 def fresh_state(config: Config, recipe: Recipe, start: BiGS | None = None) -> State:
-    """Parameters drawn from the recipe's seed, or those of a model; moments at zero; in their places.
+    """Parameters drawn from the recipe's seed, or those of a model; moments at zero; in
+    their places.
 
     >>> fresh_state(Config(10, 8, 1, 24, num_ssm=4), Recipe()).step.item()
     0
     """
+
     def create(start):
         model = BiGS(config, seed=recipe.seed) if start is None else start
         return State(jnp.array(0), model, make_optimizer(recipe).init(model))
-    return jax.jit(create, out_shardings=places(jax.eval_shape(create, start), recipe.shard))(start)
+
+    return jax.jit(
+        create, out_shardings=places(jax.eval_shape(create, start), recipe.shard)
+    )(start)
 
 
 # %% [markdown]
@@ -2822,14 +4050,28 @@ def fresh_state(config: Config, recipe: Recipe, start: BiGS | None = None) -> St
 # over all devices. The documented one is made for eight, `RECIPES["documented"].batch == 8 * 131`: one device takes
 # it with `--accumulate 8`, sixteen need another batch.
 
+
 # %%
-def batch_gradient(model: BiGS, batch: Batch, key: jax.Array, recipe: Recipe) -> tuple[Float[Array, ""], BiGS]:
+def batch_gradient(
+    model: BiGS, batch: Batch, key: jax.Array, recipe: Recipe
+) -> tuple[Float[Array, ""], BiGS]:
     """Equation (10) and its gradient, by parts if the recipe accumulates.
 
-    >>> model, key = BiGS(Config(50, 8, 1, 24, num_ssm=4, hidden_dropout_prob=0.0)), jax.random.key(0)
-    >>> batch = batch_at(Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0)
-    >>> whole, parts = (batch_gradient(model, batch, key, Recipe(batch=4, accumulate=k)) for k in (1, 2))
-    >>> all(np.allclose(a, b, atol=1e-6) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)))
+    >>> model, key = (
+    ...     BiGS(Config(50, 8, 1, 24, num_ssm=4, hidden_dropout_prob=0.0)),
+    ...     jax.random.key(0),
+    ... )
+    >>> batch = batch_at(
+    ...     Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0
+    ... )
+    >>> whole, parts = (
+    ...     batch_gradient(model, batch, key, Recipe(batch=4, accumulate=k))
+    ...     for k in (1, 2)
+    ... )
+    >>> all(
+    ...     np.allclose(a, b, atol=1e-6)
+    ...     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts))
+    ... )
     True
     """
     gradient = jax.value_and_grad(batch_loss)
@@ -2843,7 +4085,9 @@ def batch_gradient(model: BiGS, batch: Batch, key: jax.Array, recipe: Recipe) ->
         found = gradient(model, rows, jax.random.fold_in(key, number), recipe.remat)
         return jax.tree.map(lambda t, f: t + share * f, total, found), None
 
-    parts = jax.tree.map(lambda a: jnp.swapaxes(jnp.reshape(a, (-1, k, *a.shape[1:])), 0, 1), batch)
+    parts = jax.tree.map(
+        lambda a: jnp.swapaxes(jnp.reshape(a, (-1, k, *a.shape[1:])), 0, 1), batch
+    )
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
     return jax.lax.scan(add, zero, (jnp.arange(k), parts))[0]
 
@@ -2854,16 +4098,27 @@ def batch_gradient(model: BiGS, batch: Batch, key: jax.Array, recipe: Recipe) ->
 # parameters, moments, kernels, normalization statistics and the loss stay in float32. For large models `remat`
 # recomputes each layer in the backward pass instead of storing what it produced.
 
+
 # %%
-def make_step(recipe: Recipe) -> Callable[[State, Batch], tuple[State, Float[Array, ""]]]:
+def make_step(
+    recipe: Recipe,
+) -> Callable[[State, Batch], tuple[State, Float[Array, ""]]]:
     """The compiled training step; the state that goes in is used up.
 
     One batch can be learned by heart:
 
     >>> recipe = Recipe(steps=60, batch=2, length=16, learning_rate=0.02, warmup=0.1)
-    >>> state, step = fresh_state(Config(40, 16, 1, 48, num_ssm=4), recipe), make_step(recipe)
-    >>> batch = Batch(jnp.arange(32).reshape(2, 16), jnp.array([[3, 5], [2, 9]]), jnp.array([[7, 9], [11, 13]]))
-    >>> for _ in range(60): state, loss = step(state, batch)
+    >>> state, step = (
+    ...     fresh_state(Config(40, 16, 1, 48, num_ssm=4), recipe),
+    ...     make_step(recipe),
+    ... )
+    >>> batch = Batch(
+    ...     jnp.arange(32).reshape(2, 16),
+    ...     jnp.array([[3, 5], [2, 9]]),
+    ...     jnp.array([[7, 9], [11, 13]]),
+    ... )
+    >>> for _ in range(60):
+    ...     state, loss = step(state, batch)
     >>> bool(loss < 0.1)
     True
     """
@@ -2873,7 +4128,9 @@ def make_step(recipe: Recipe) -> Callable[[State, Batch], tuple[State, Float[Arr
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         value, gradient = batch_gradient(state.model, batch, key, recipe)
         updates, moments = optimizer.update(gradient, state.moments, state.model)
-        state = State(state.step + 1, optax.apply_updates(state.model, updates), moments)
+        state = State(
+            state.step + 1, optax.apply_updates(state.model, updates), moments
+        )
         if recipe.shard:  # what was split stays split
             state = jax.lax.with_sharding_constraint(state, places(state, True))
         return state, value
@@ -2886,9 +4143,11 @@ def make_step(recipe: Recipe) -> Callable[[State, Batch], tuple[State, Float[Arr
 # same program. Arrays span all of them. Every process knows which rows of a batch are its own, makes those, and hands
 # them over as its part of the whole.
 
+
 # %%
 def own_rows(size: int) -> slice:
-    """This process's rows of a batch; all of them, if the devices cannot share it evenly.
+    """This process's rows of a batch; all of them, if the devices cannot share it
+    evenly.
 
     >>> own_rows(8)
     slice(0, 8, None)
@@ -2905,7 +4164,9 @@ def on_devices(batch: Batch, size: int) -> Batch:
     (8, 2)
     """
     where = place() if size % len(jax.devices()) else place(0)
-    return jax.tree.map(lambda part: jax.make_array_from_process_local_data(where, part), batch)
+    return jax.tree.map(
+        lambda part: jax.make_array_from_process_local_data(where, part), batch
+    )
 
 
 # %% [markdown]
@@ -2941,6 +4202,7 @@ def on_devices(batch: Batch, size: int) -> Batch:
 # parameter, `12 * parameters(large) / 1e9 > 4.1` GB for `large`; the last two are kept, and a third needs room while
 # it is written.
 
+
 # %% tags=["appendix"]
 def checkpoints(directory: Path, keep: int = 2, read_only: bool = False):
     """Orbax's manager for the states of a run; it keeps the last ones.
@@ -2952,6 +4214,7 @@ def checkpoints(directory: Path, keep: int = 2, read_only: bool = False):
     import logging
 
     import orbax.checkpoint as ocp
+
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
     return ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
@@ -2959,24 +4222,37 @@ def checkpoints(directory: Path, keep: int = 2, read_only: bool = False):
 
 @contextlib.contextmanager
 def writing(manager, step: int) -> Iterator[None]:
-    """While this holds, what goes wrong is a UserError: the state of this step could not be written, and why."""
+    """While this holds, what goes wrong is a UserError: the state of this step could
+    not be written, and why.
+    """
     try:
         yield
     except Exception as error:
         last = manager.latest_step()
-        again = "begin again" if last is None else f"go on from step {last} with --resume"
-        raise UserError(f"{manager.directory}: the state of step {step} could not be written "
-                        f"({' '.join(str(error).split())}); make room, then {again}") from error
+        again = (
+            "begin again" if last is None else f"go on from step {last} with --resume"
+        )
+        raise UserError(
+            f"{manager.directory}: the state of step {step} could not be written "
+            f"({' '.join(str(error).split())}); make room, then {again}"
+        ) from error
 
 
 def save(manager, state: State, before: int) -> int:
-    """Write a checkpoint under its step once the one before is whole; orbax finishes it in the background.
+    """Write a checkpoint under its step once the one before is whole; orbax finishes it
+    in the background.
 
-    Raises FloatingPointError for parameters that are not finite: the next loss would not be, either.
+    Raises FloatingPointError for parameters that are not finite: the next loss would
+    not be, either.
     """
     import orbax.checkpoint as ocp
+
     step = int(state.step)
-    finite_mean([jax.jit(optax.global_norm)(state.model)], step + 1, Path(manager.directory).parent)
+    finite_mean(
+        [jax.jit(optax.global_norm)(state.model)],
+        step + 1,
+        Path(manager.directory).parent,
+    )
     with writing(manager, before):
         manager.wait_until_finished()
     with writing(manager, step):
@@ -2987,29 +4263,38 @@ def save(manager, state: State, before: int) -> int:
 # %% [markdown]
 # Reading is simpler.
 
+
 # %% tags=["appendix"]
 def restore(manager, state: State, step: int | None = None) -> State:
-    """A saved state, the last if no step is given, in the places of the given one; that itself if none was saved.
+    """A saved state, the last if no step is given, in the places of the given one; that
+    itself if none was saved.
 
-    Raises UserError if the saved one is damaged, and says how to go on from the one before.
+    Raises UserError if the saved one is damaged, and says how to go on from the one
+    before.
     """
     import orbax.checkpoint as ocp
+
     if step is None and (step := manager.latest_step()) is None:
         return state
     try:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return manager.restore(step, args=ocp.args.StandardRestore(shapes))
     except Exception as error:
-        raise UserError(f"{manager.directory / str(step)}: this checkpoint cannot be read ({type(error).__name__}); "
-                        "delete that folder to go on from the one before") from error
+        raise UserError(
+            f"{manager.directory / str(step)}: this checkpoint cannot be read"
+            f" ({type(error).__name__}); delete that folder to go on from the one"
+            " before"
+        ) from error
 
 
 # %% [markdown]
 # Who only wants to look at a run reads its models one by one.
 
+
 # %% tags=["appendix"]
 def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, BiGS]]:
-    """(step, model) at the last checkpoint of a run; of every one that was kept, with the start, if asked.
+    """(step, model) at the last checkpoint of a run; of every one that was kept, with
+    the start, if asked.
 
     >>> next(states_of(Path("no/such/run")))
     Traceback (most recent call last):
@@ -3024,7 +4309,9 @@ def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, BiGS]]:
     with checkpoints(run, read_only=True) as manager:
         if manager.latest_step() is None:
             each = settings["recipe"]["save_every"]
-            raise UserError(f"run: {run} has no checkpoint yet; they come every {each} steps")
+            raise UserError(
+                f"run: {run} has no checkpoint yet; they come every {each} steps"
+            )
         for step in sorted(manager.all_steps()) if every else [manager.latest_step()]:
             yield step, restore(manager, state, step).model
 
@@ -3035,29 +4322,46 @@ def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, BiGS]]:
 # seed, batch or text it would be neither the one nor the other.
 
 # %% tags=["appendix"]
-FREE = ("remat", "shard", "log_every", "evaluate_every", "save_every", "keep")  # change nothing but rounding
+FREE = (
+    "remat",
+    "shard",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "keep",
+)  # change nothing but rounding
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Hold the folder of a run with these settings; UserError if it is held, or not that run's.
+    """Hold the folder of a run with these settings; UserError if it is held, or not
+    that run's.
 
-    >>> import tempfile; folder = Path(tempfile.mkdtemp())
-    >>> with claimed(folder, {"recipe": {"seed": 0, "keep": 2}}, False): (folder / "run.json").exists()
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with claimed(folder, {"recipe": {"seed": 0, "keep": 2}}, False):
+    ...     (folder / "run.json").exists()
     True
-    >>> with claimed(folder, {"recipe": {"seed": 1, "keep": 9}}, True): pass  # doctest: +ELLIPSIS
+    >>> with claimed(folder, {"recipe": {"seed": 1, "keep": 9}}, True):
+    ...     pass  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     annotated_bigs.UserError: seed: 1, but the run in ... began with 0; ...
     """
     from filelock import FileLock, Timeout
+
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / "lock")
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"output: another process is writing to {directory}; wait for it, or choose another") from None
+        raise UserError(
+            f"output: another process is writing to {directory}; wait for it, or choose"
+            " another"
+        ) from None
     except OSError as error:
-        raise UserError(f"output: {directory} cannot be written ({error.strerror}); choose another") from None
+        raise UserError(
+            f"output: {directory} cannot be written ({error.strerror}); choose another"
+        ) from None
     with lock:
         file = directory / "run.json"
         began = json.loads(file.read_text()) if resume and file.exists() else {}
@@ -3065,8 +4369,10 @@ def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator
             for field, value in values.items():
                 was = began.get(part, {}).get(field, value)
                 if field not in FREE and was != value:
-                    raise UserError(f"{field}: {value}, but the run in {directory} began with {was}; resume it with "
-                                    "that, or choose another --output")
+                    raise UserError(
+                        f"{field}: {value}, but the run in {directory} began with"
+                        f" {was}; resume it with that, or choose another --output"
+                    )
         part = file.with_suffix(".part")
         part.write_text(json.dumps(settings, indent=1))
         part.replace(file)
@@ -3084,18 +4390,29 @@ heldout_loss = jax.jit(batch_loss)
 def evaluate(model: BiGS, data: Dataset) -> float:
     """Mean held-out loss, in nats a masked token.
 
-    >>> batch = Batch(jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]]))
-    >>> loss = evaluate(BiGS(Config(50, 8, 1, 24, num_ssm=4)), Dataset(None, None, [batch], "ones"))
+    >>> batch = Batch(
+    ...     jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]])
+    ... )
+    >>> loss = evaluate(
+    ...     BiGS(Config(50, 8, 1, 24, num_ssm=4)), Dataset(None, None, [batch], "ones")
+    ... )
     >>> abs(loss - float(np.log(50))) < 0.5  # an untrained model knows next to nothing
     True
     """
-    own = lambda batch: jax.tree.map(lambda a: a[own_rows(len(a))], batch)
-    losses = [heldout_loss(model, on_devices(own(batch), len(batch.labels))) for batch in data.heldout]
+
+    def own(batch):
+        return jax.tree.map(lambda a: a[own_rows(len(a))], batch)
+
+    losses = [
+        heldout_loss(model, on_devices(own(batch), len(batch.labels)))
+        for batch in data.heldout
+    ]
     return float(np.mean(jax.device_get(losses)))
 
 
 # %% [markdown]
 # Batches come from a thread that prepares the next two while the device computes this one.
+
 
 # %%
 def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch]]:
@@ -3106,7 +4423,12 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
     [4, 5]
     """
     from concurrent.futures import ThreadPoolExecutor
-    prepare = lambda step: batch_at(rows, recipe.batch, recipe.seed, step, recipe.masks, own_rows(recipe.batch))
+
+    def prepare(step):
+        return batch_at(
+            rows, recipe.batch, recipe.seed, step, recipe.masks, own_rows(recipe.batch)
+        )
+
     with ThreadPoolExecutor(1) as thread:
         ahead = [thread.submit(prepare, step) for step in (first, first + 1)]
         for number in range(first + 1, recipe.steps + 1):
@@ -3119,25 +4441,38 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 # divided by what the device does when it is given one large product and nothing else. (This is *model FLOPs
 # utilization*; what is recomputed does not count.)
 
+
 # %% tags=["appendix"]
 def step_operations(config: Config, recipe: Recipe) -> float:
-    """Floating-point operations of a training step: products forward, and twice as many backward. Where the last
-    layer mixes channels at the asked positions alone, the others are not counted.
+    """Floating-point operations of a training step: products forward, and twice as many
+    backward. Where the last layer mixes channels at the asked positions alone, the
+    others are not counted.
 
-    >>> 3 * operations(tiny, 128) * 8 < step_operations(tiny, RECIPES["demonstration"]) < 6 * operations(tiny, 128) * 8
+    >>> 3 * operations(tiny, 128) * 8 < step_operations(
+    ...     tiny, RECIPES["demonstration"]
+    ... ) < 6 * operations(tiny, 128) * 8
     True
     """
     d, places = config.hidden_size, asked_of(recipe.length)
-    each = operations(config, recipe.length, config.convolution) + 2 * places * d * (d + config.vocab_size)
-    left, wide = unrolled(config.num_hidden_layers) * (recipe.length - places), config.intermediate_size
-    channels = 3 * d * wide + (1 + (config.routing != "attention")) * d * d if config.block == "gated" else (
-        d * d + 2 * d * wide)
+    each = operations(config, recipe.length, config.convolution) + 2 * places * d * (
+        d + config.vocab_size
+    )
+    left, wide = (
+        unrolled(config.num_hidden_layers) * (recipe.length - places),
+        config.intermediate_size,
+    )
+    channels = (
+        3 * d * wide + (1 + (config.routing != "attention")) * d * d
+        if config.block == "gated"
+        else (d * d + 2 * d * wide)
+    )
     return 3 * recipe.batch * (each - 2 * left * channels)
 
 
 @functools.cache
 def product_rate(dtype: str) -> float:
-    """Operations a second of all devices together in products of large square matrices, the best of eight.
+    """Operations a second of all devices together in products of large square matrices,
+    the best of eight.
 
     >>> product_rate("float32") > 1e8
     True
@@ -3154,22 +4489,31 @@ def product_rate(dtype: str) -> float:
 # %% [markdown]
 # Records go to a list and, line by line, to a file; a resumed run forgets those after its checkpoint.
 
+
 # %% tags=["appendix"]
 class Journal:
-    """The records of a run, in memory and in log.jsonl; it starts with those up to a step.
+    """The records of a run, in memory and in log.jsonl; it starts with those up to a
+    step.
 
-    >>> import tempfile; folder = Path(tempfile.mkdtemp())
-    >>> journal = Journal(folder, 0); journal.record(10, loss=2.5); journal.record(20, loss=2.0)
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> journal = Journal(folder, 0)
+    ... journal.record(10, loss=2.5)
+    ... journal.record(20, loss=2.0)
     >>> Journal(folder, 10).history
     [{'step': 10, 'loss': 2.5}]
     """
 
     def __init__(self, directory: Path, until: int):
         self.file, self.writes = directory / "log.jsonl", jax.process_index() == 0
-        self.history = [record for record in read_log(directory) if record["step"] <= until]
+        self.history = [
+            record for record in read_log(directory) if record["step"] <= until
+        ]
         if self.writes:
             part = self.file.with_suffix(".part")
-            part.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+            part.write_text(
+                "".join(json.dumps(record) + "\n" for record in self.history)
+            )
             part.replace(self.file)
 
     def record(self, step: int, **values: float | int) -> None:
@@ -3193,19 +4537,26 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
 # %% [markdown]
 # A loss that is not finite ends the run, and the last checkpoint stays.
 
+
 # %% tags=["appendix"]
 def finite_mean(losses: list[Array], step: int, directory: Path) -> float:
-    """The mean of the losses up to a step, if all are finite; else FloatingPointError names the first that is not.
+    """The mean of the losses up to a step, if all are finite; else FloatingPointError
+    names the first that is not.
 
-    >>> finite_mean([jnp.array(1.0), jnp.array(jnp.nan)], 20, Path("runs/mine"))  # doctest: +ELLIPSIS
+    >>> finite_mean(
+    ...     [jnp.array(1.0), jnp.array(jnp.nan)], 20, Path("runs/mine")
+    ... )  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    FloatingPointError: the loss is not finite at step 20; runs/mine keeps the last good state; ...
+    FloatingPointError: the loss is not finite at step 20; runs/mine keeps ...
     """
     values = np.array(jax.device_get(losses))
     if not np.isfinite(values).all():
         bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
-        raise FloatingPointError(f"the loss is not finite at step {bad}; {directory} keeps the last good state; "
-                                 "export it, and pretrain --model from there with a smaller --learning-rate")
+        raise FloatingPointError(
+            f"the loss is not finite at step {bad}; {directory} keeps the last good"
+            " state; export it, and pretrain --model from there with a smaller"
+            " --learning-rate"
+        )
     return float(values.mean())
 
 
@@ -3213,30 +4564,65 @@ def finite_mean(losses: list[Array], step: int, directory: Path) -> float:
 # Now the loop, with its four duties. `stop` is asked after every step whether to leave early; a command leaves when
 # the system wants the machine back.
 
+
 # %%
-def train(config: Config, recipe: Recipe, data: Dataset, directory: Path, start: BiGS | None,
-          stop: Callable[[], bool]) -> tuple[State, Journal]:
-    """The loop of `pretrain`: from the last checkpoint, or from the start, to the last step or to `stop`."""
+def train(
+    config: Config,
+    recipe: Recipe,
+    data: Dataset,
+    directory: Path,
+    start: BiGS | None,
+    stop: Callable[[], bool],
+) -> tuple[State, Journal]:
+    """The loop of `pretrain`: from the last checkpoint, or from the start, to the last
+    step or to `stop`.
+    """
     from tqdm import tqdm
+
     with checkpoints(directory, recipe.keep) as manager:
-        state, step = restore(manager, fresh_state(config, recipe, start)), make_step(recipe)
-        possible = product_rate(config.dtype) / step_operations(config, recipe)  # steps a second
+        state, step = (
+            restore(manager, fresh_state(config, recipe, start)),
+            make_step(recipe),
+        )
+        possible = product_rate(config.dtype) / step_operations(
+            config, recipe
+        )  # steps a second
         first = saved = int(state.step)
-        journal, losses, clock = Journal(directory, first or -1), [], time.perf_counter()  # no checkpoint: anew
+        journal, losses, clock = (
+            Journal(directory, first or -1),
+            [],
+            time.perf_counter(),
+        )  # no checkpoint: anew
         if first == 0:
             journal.record(0, heldout=evaluate(state.model, data))
-        bar = tqdm(batches(data.train, recipe, first), total=recipe.steps, initial=first, unit="step", mininterval=1,
-                   disable=not journal.writes)
+        bar = tqdm(
+            batches(data.train, recipe, first),
+            total=recipe.steps,
+            initial=first,
+            unit="step",
+            mininterval=1,
+            disable=not journal.writes,
+        )
         for number, batch in bar:
             state, loss = step(state, batch)
             losses.append(loss)
             leave = stop() or manager.reached_preemption(number)
             saves = leave or number == recipe.steps or number % recipe.save_every == 0
             if saves or number % recipe.log_every == 0:
-                mean, pace = finite_mean(losses, number, directory), len(losses) / (time.perf_counter() - clock)
+                mean, pace = (
+                    finite_mean(losses, number, directory),
+                    len(losses) / (time.perf_counter() - clock),
+                )
                 speed, share = pace * recipe.batch * recipe.length, pace / possible
-                journal.record(number, loss=mean, tokens_per_second=round(speed), share=round(share, 3))
-                bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s, {share:.0%} of products")
+                journal.record(
+                    number,
+                    loss=mean,
+                    tokens_per_second=round(speed),
+                    share=round(share, 3),
+                )
+                bar.set_postfix_str(
+                    f"loss {mean:.3f}, {speed:,.0f} tokens/s, {share:.0%} of products"
+                )
                 losses, clock = [], time.perf_counter()
             if number == recipe.steps or number % recipe.evaluate_every == 0:
                 journal.record(number, heldout=evaluate(state.model, data))
@@ -3252,9 +4638,11 @@ def train(config: Config, recipe: Recipe, data: Dataset, directory: Path, start:
 # %% [markdown]
 # Around it, `pretrain` holds the folder, and writes the model at the end.
 
+
 # %%
 class Run(NamedTuple):
     """What pretraining leaves: the model, and its records."""
+
     model: BiGS
     history: list[dict[str, Any]]
 
@@ -3262,7 +4650,8 @@ class Run(NamedTuple):
 def export(model: BiGS, directory: Path, compact: bool = False) -> None:
     """Write a model, wherever its parameters lie, in the published format.
 
-    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
     >>> export(BiGS(Config(50, 8, 1, 24, num_ssm=4)), folder)
     >>> sorted(path.name for path in folder.iterdir())
     ['config.json', 'flax_model.msgpack']
@@ -3272,19 +4661,42 @@ def export(model: BiGS, directory: Path, compact: bool = False) -> None:
         save_pretrained(whole, directory, compact)
 
 
-def pretrain(config: Config, recipe: Recipe, data: Dataset, directory: Path, resume: bool = False,
-             start: BiGS | None = None, stop: Callable[[], bool] = lambda: False) -> Run:
-    """Pretrain into a folder: run.json, checkpoints, log.jsonl, and the finished model in the published format.
+def pretrain(
+    config: Config,
+    recipe: Recipe,
+    data: Dataset,
+    directory: Path,
+    resume: bool = False,
+    start: BiGS | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Pretrain into a folder: run.json, checkpoints, log.jsonl, and the finished model
+    in the published format.
 
-    Raises UserError if the folder is another's, or holds a run that is not to be resumed, and FloatingPointError,
-    naming the step, if the loss is not finite. Tested at tiny size in `tests/test_training.py`.
+    Raises UserError if the folder is another's, or holds a run that is not to be
+    resumed, and FloatingPointError, naming the step, if the loss is not finite. Tested
+    at tiny size in `tests/test_training.py`.
     """
     if (directory / "log.jsonl").exists() and not resume:
-        raise UserError(f"{directory} holds a run; resume it with --resume, or choose another --output")
+        raise UserError(
+            f"{directory} holds a run; resume it with --resume, or choose another"
+            " --output"
+        )
     if recipe.batch % len(jax.devices()):
-        raise UserError(f"batch: {recipe.batch} sequences cannot be shared by {len(jax.devices())} devices evenly")
-    settings = {"config": asdict(config), "recipe": asdict(recipe), "data": {"text": data.identity}}
-    with claimed(directory, settings, resume) if jax.process_index() == 0 else contextlib.nullcontext():
+        raise UserError(
+            f"batch: {recipe.batch} sequences cannot be shared by {len(jax.devices())}"
+            " devices evenly"
+        )
+    settings = {
+        "config": asdict(config),
+        "recipe": asdict(recipe),
+        "data": {"text": data.identity},
+    }
+    with (
+        claimed(directory, settings, resume)
+        if jax.process_index() == 0
+        else contextlib.nullcontext()
+    ):
         if jax.process_index() == 0:
             data.tokenizer.save_pretrained(directory)
         state, journal = train(config, recipe, data, directory, start, stop)
@@ -3301,14 +4713,19 @@ def pretrain(config: Config, recipe: Recipe, data: Dataset, directory: Path, res
 # knows nothing.
 
 # %%
-PROBES = ("The function [MASK] a new array.", "If the input is not valid, an error is [MASK].",
-          "This method should not be [MASK] directly.", "The [MASK] of the matrix are computed.")
+PROBES = (
+    "The function [MASK] a new array.",
+    "If the input is not valid, an error is [MASK].",
+    "This method should not be [MASK] directly.",
+    "The [MASK] of the matrix are computed.",
+)
 
 
 @functools.cache
 def tiny_run() -> Run:
-    """The demonstration: `tiny` on the embedded English, from scratch, into runs/tiny."""
+    """The demonstration: `tiny` on the embedded English, into runs/tiny."""
     import shutil
+
     shutil.rmtree(RUNS / "tiny", ignore_errors=True)
     return pretrain(tiny, RECIPES["demonstration"], tiny_dataset(), RUNS / "tiny")
 
@@ -3326,15 +4743,21 @@ def fresh_tiny() -> BiGS:
 def live():
     run = tiny_run()
     heldout = [r["heldout"] for r in run.history if "heldout" in r]
-    print("held-out loss:", " -> ".join(f"{loss:.2f}" for loss in heldout), "nats a masked word")
+    print(
+        "held-out loss:",
+        " -> ".join(f"{loss:.2f}" for loss in heldout),
+        "nats a masked word",
+    )
     for text in PROBES:
         print(text)
         for name, model in (("before", fresh_tiny()), ("after ", run.model)):
             words = fill_mask(model, tiny_dataset().tokenizer, text)[0]
             print(f"  {name}", ", ".join(f"{word} {p:.0%}" for word, p in words))
 
+
 # %% [markdown]
 # The curve of the demonstration, as it came out:
+
 
 # %%
 @functools.cache
@@ -3347,15 +4770,30 @@ def results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())
 
 
-@figure(name="loss",
-        alt="A falling curve of training loss against tokens read, with dots of held-out loss near it.",
-        caption="The loss of the demonstration: training batches (grey), held-out text (red). The dashed line is the "
-                "loss of knowing nothing, log 8192. Drawn by loss_figure.")
+@figure(
+    name="loss",
+    alt=(
+        "A falling curve of training loss against tokens read, with dots of held-out"
+        " loss near it."
+    ),
+    caption=(
+        "The loss of the demonstration: training batches (grey), held-out text (red)."
+        " The dashed line is the loss of knowing nothing, log 8192. Drawn by"
+        " loss_figure."
+    ),
+)
 def loss_figure():
     drawing, ax = canvas(size=(8, 3))
     recipe, history = RECIPES["demonstration"], results()["history"]
-    for key, style in (("loss", dict(color=GREY, lw=1)), ("heldout", dict(color=RED, marker="o", lw=1))):
-        points = [(r["step"] * recipe.batch * recipe.length / 1e6, r[key]) for r in history if key in r]
+    for key, style in (
+        ("loss", dict(color=GREY, lw=1)),
+        ("heldout", dict(color=RED, marker="o", lw=1)),
+    ):
+        points = [
+            (r["step"] * recipe.batch * recipe.length / 1e6, r[key])
+            for r in history
+            if key in r
+        ]
         ax.plot(*zip(*points, strict=True), **style)
     ax.axhline(np.log(tiny.vocab_size), color=INK, ls="--", lw=0.7)
     ax.set(xlabel="million tokens", ylabel="nats a masked word")
@@ -3366,6 +4804,7 @@ def loss_figure():
 def draw_loss():
     keep_results(RESULTS, history=tiny_run().history)
     show(loss_figure)
+
 
 # %% [markdown]
 # A model has been trained from nothing. Its held-out loss has fallen, `results()["history"][0]["heldout"] -
@@ -3409,42 +4848,122 @@ def draw_loss():
 # is scored are entries of a table; nothing else differs between tasks, except that a task without labels asks for a
 # number.
 
+
 # %%
 @dataclass(frozen=True)
 class Task:
-    """A task of GLUE, as its official files have it; no labels mean a score, to be predicted itself.
+    """A task of GLUE, as its official files have it; no labels mean a score, to be
+    predicted itself.
 
     >>> GLUE["cola"].texts, GLUE["cola"].rows["train"]
     (('sentence',), 8551)
     """
-    folder: str                    # pattern; MNLI's files may lie in MNLI or in MNLI_partial
-    texts: tuple[str, ...]         # columns: a sentence, or two
-    label: str                     # column
-    labels: tuple[str, ...]        # in the order of the model's outputs
-    metrics: tuple[str, ...]       # the paper's first
-    rows: dict[str, int]           # how many rows the official files have
-    after: str | None = None       # the task whose model the paper starts from
+
+    folder: str  # pattern; MNLI's files may lie in MNLI or in MNLI_partial
+    texts: tuple[str, ...]  # columns: a sentence, or two
+    label: str  # column
+    labels: tuple[str, ...]  # in the order of the model's outputs
+    metrics: tuple[str, ...]  # the paper's first
+    rows: dict[str, int]  # how many rows the official files have
+    after: str | None = None  # the task whose model the paper starts from
 
 
 # %% [markdown]
 # The nine tasks of GLUE, and ours:
 
 # %% tags=["appendix"]
-SAME, PAIR, ENTAILED = ("0", "1"), ("sentence1", "sentence2"), ("entailment", "not_entailment")
-sizes = lambda *rows: dict(zip(("train", "dev", "test"), rows, strict=False))
+SAME, PAIR, ENTAILED = (
+    ("0", "1"),
+    ("sentence1", "sentence2"),
+    ("entailment", "not_entailment"),
+)
+
+
+def split_sizes(*rows):
+    """Rows of the training, development and test set.
+
+    >>> split_sizes(3, 2)
+    {'train': 3, 'dev': 2}
+    """
+    return dict(zip(("train", "dev", "test"), rows, strict=False))
+
+
 GLUE = {
-    "mnli": Task("MNLI*", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("accuracy",),
-                 {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832, "test_matched": 9796,
-                  "test_mismatched": 9847, "diagnostic": 1104}),
-    "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILED, ("accuracy",), sizes(104743, 5463, 5463)),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", SAME, ("f1", "accuracy"), {"dev": 40430}),
-    "rte": Task("RTE", PAIR, "label", ENTAILED, ("accuracy",), sizes(2490, 277, 3000), after="mnli"),
-    "sst2": Task("SST-2", ("sentence",), "label", SAME, ("accuracy",), sizes(67349, 872, 1821)),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", SAME, ("f1", "accuracy"), sizes(3668, 408, 1725),
-                 after="mnli"),
-    "cola": Task("CoLA", ("sentence",), "label", SAME, ("matthews",), sizes(8551, 1043, 1063)),
-    "stsb": Task("STS-B", PAIR, "score", (), ("spearman", "pearson"), sizes(5749, 1500, 1379), after="mnli"),
-    "wnli": Task("WNLI", PAIR, "label", SAME, ("accuracy",), sizes(635, 71, 146)),
+    "mnli": Task(
+        "MNLI*",
+        PAIR,
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        {
+            "train": 392702,
+            "dev_matched": 9815,
+            "dev_mismatched": 9832,
+            "test_matched": 9796,
+            "test_mismatched": 9847,
+            "diagnostic": 1104,
+        },
+    ),
+    "qnli": Task(
+        "QNLI",
+        ("question", "sentence"),
+        "label",
+        ENTAILED,
+        ("accuracy",),
+        split_sizes(104743, 5463, 5463),
+    ),
+    "qqp": Task(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        SAME,
+        ("f1", "accuracy"),
+        {"dev": 40430},
+    ),
+    "rte": Task(
+        "RTE",
+        PAIR,
+        "label",
+        ENTAILED,
+        ("accuracy",),
+        split_sizes(2490, 277, 3000),
+        after="mnli",
+    ),
+    "sst2": Task(
+        "SST-2",
+        ("sentence",),
+        "label",
+        SAME,
+        ("accuracy",),
+        split_sizes(67349, 872, 1821),
+    ),
+    "mrpc": Task(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        SAME,
+        ("f1", "accuracy"),
+        split_sizes(3668, 408, 1725),
+        after="mnli",
+    ),
+    "cola": Task(
+        "CoLA",
+        ("sentence",),
+        "label",
+        SAME,
+        ("matthews",),
+        split_sizes(8551, 1043, 1063),
+    ),
+    "stsb": Task(
+        "STS-B",
+        PAIR,
+        "score",
+        (),
+        ("spearman", "pearson"),
+        split_sizes(5749, 1500, 1379),
+        after="mnli",
+    ),
+    "wnli": Task("WNLI", PAIR, "label", SAME, ("accuracy",), split_sizes(635, 71, 146)),
     "pairs": Task("", ("first", "second"), "label", SAME, ("accuracy",), {}),
 }
 
@@ -3453,23 +4972,37 @@ GLUE = {
 # always naming it; F1 looks at one label only, and is the harmonic mean of precision and recall; Matthews' correlation
 # is zero for every constant answer. For numbers, Pearson's correlation compares values, and Spearman's their order.
 
+
 # %% tags=["appendix"]
-def task_scores(task: Task, outputs: Float[np.ndarray, "n outputs"], labels: Any) -> dict[str, float]:
-    """The metrics of a task for a model's outputs; a correlation with a constant counts as 0.
+def task_scores(
+    task: Task, outputs: Float[np.ndarray, "n outputs"], labels: Any
+) -> dict[str, float]:
+    """The metrics of a task for a model's outputs; a correlation with a constant counts
+    as 0.
 
     >>> right, outputs = np.array([0, 1, 1, 0]), np.eye(2)[[0, 1, 0, 0]]
-    >>> task_scores(GLUE["mrpc"], outputs, right)["accuracy"], task_scores(GLUE["cola"], outputs, 1 - right)["matthews"]
+    >>> (
+    ...     task_scores(GLUE["mrpc"], outputs, right)["accuracy"],
+    ...     task_scores(GLUE["cola"], outputs, 1 - right)["matthews"],
+    ... )
     (0.75, -0.5773502691896258)
-    >>> task_scores(GLUE["stsb"], np.array([[1.0], [2.0], [9.0]]), np.array([0.5, 1.0, 5.0]))["spearman"]
+    >>> task_scores(
+    ...     GLUE["stsb"], np.array([[1.0], [2.0], [9.0]]), np.array([0.5, 1.0, 5.0])
+    ... )["spearman"]
     1.0
     """
     from scipy import stats
     from sklearn import metrics
+
     guess = outputs.argmax(1) if task.labels else outputs[:, 0]
     constant = np.ptp(guess) == 0
-    ways = {"accuracy": metrics.accuracy_score, "f1": metrics.f1_score, "matthews": metrics.matthews_corrcoef,
-            "pearson": lambda a, b: 0.0 if constant else stats.pearsonr(a, b)[0],
-            "spearman": lambda a, b: 0.0 if constant else stats.spearmanr(a, b)[0]}
+    ways = {
+        "accuracy": metrics.accuracy_score,
+        "f1": metrics.f1_score,
+        "matthews": metrics.matthews_corrcoef,
+        "pearson": lambda a, b: 0.0 if constant else stats.pearsonr(a, b)[0],
+        "spearman": lambda a, b: 0.0 if constant else stats.spearmanr(a, b)[0],
+    }
     return {metric: float(ways[metric](labels, guess)) for metric in task.metrics}
 
 
@@ -3477,25 +5010,41 @@ def task_scores(task: Task, outputs: Float[np.ndarray, "n outputs"], labels: Any
 # A pair becomes one text with a separator, the two segments told apart by their type. Each example is cut to what the
 # model reads, the longer sentence first.
 
+
 # %% tags=["appendix"]
 class Examples(NamedTuple):
-    """Encoded examples: tokens and segment types of shape (n, L), their lengths and labels of shape (n,)."""
+    """Encoded examples: tokens and segment types of shape (n, L), their lengths and
+    labels of shape (n,).
+    """
+
     input_ids: Int[AnyArray, "n L"]
     token_type_ids: Int[AnyArray, "n L"]
     lengths: Int[AnyArray, " n"]
     labels: Int[AnyArray, " n"] | Float[AnyArray, " n"]
 
 
-def encode(texts: list[tuple[str, ...]], labels: AnyArray, tokenizer, most: int) -> Examples:
+def encode(
+    texts: list[tuple[str, ...]], labels: AnyArray, tokenizer, most: int
+) -> Examples:
     """Tokenize single texts or pairs to at most `most` tokens.
 
     >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
-    >>> examples = encode([("a b", "c"), ("d", "e f")], np.array([1, 0]), tokenizer, 128)
-    >>> examples.lengths.tolist(), examples.token_type_ids[0, :6].tolist(), examples.input_ids.shape
+    >>> examples = encode(
+    ...     [("a b", "c"), ("d", "e f")], np.array([1, 0]), tokenizer, 128
+    ... )
+    >>> (
+    ...     examples.lengths.tolist(),
+    ...     examples.token_type_ids[0, :6].tolist(),
+    ...     examples.input_ids.shape,
+    ... )
     ([6, 6], [0, 0, 0, 0, 1, 1], (2, 16))
     """
-    rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation="longest_first", max_length=most,
-                     return_token_type_ids=True)
+    rows = tokenizer(
+        *map(list, zip(*texts, strict=True)),
+        truncation="longest_first",
+        max_length=most,
+        return_token_type_ids=True,
+    )
     lengths = np.array([len(row) for row in rows["input_ids"]], np.int32)
     arrays = np.zeros((2, len(lengths), shape_of(lengths, most)), np.int32)
     arrays[0] = tokenizer.pad_token_id
@@ -3512,9 +5061,11 @@ def encode(texts: list[tuple[str, ...]], labels: AnyArray, tokenizer, most: int)
 # CoLA `6 < cut_speed("cola") < 7` times as fast in such batches as padded to 128 tokens, and SST-2
 # `5 < cut_speed("sst2") < 6` times, and scores the same.
 
+
 # %% tags=["appendix"]
 def shape_of(lengths: Any, most: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds the largest length, but not over `most`.
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds the largest length,
+    but not over `most`.
 
     >>> [shape_of(length, 128) for length in (3, 17, 33, 100, 128)]
     [16, 24, 48, 128, 128]
@@ -3523,29 +5074,50 @@ def shape_of(lengths: Any, most: int) -> int:
     return min(most, next(size for size in sizes if size >= np.max(lengths)))
 
 
-def grouped(lengths: Int[np.ndarray, " n"], size: int, rng: np.random.Generator) -> Int[np.ndarray, "batches size"]:
-    """The numbers of an epoch's examples by batch, like lengths together; what fills no batch is left for another time.
+def grouped(
+    lengths: Int[np.ndarray, " n"], size: int, rng: np.random.Generator
+) -> Int[np.ndarray, "batches size"]:
+    """The numbers of an epoch's examples by batch, like lengths together; what fills no
+    batch is left for another time.
 
     >>> lengths = np.arange(1000) % 50
     >>> batches = grouped(lengths, 10, np.random.default_rng(0))
     >>> np.unique(batches).size, int(np.ptp(lengths[batches], axis=1).max()) < 3
     (1000, True)
     """
-    order = rng.permutation(len(lengths))[:len(lengths) // size * size].reshape(-1, size)
+    order = rng.permutation(len(lengths))[: len(lengths) // size * size].reshape(
+        -1, size
+    )
     parts = [part.ravel() for part in np.array_split(order, -(-len(order) // 64))]
-    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    order = np.concatenate(
+        [part[np.argsort(lengths[part], kind="stable")] for part in parts]
+    )
     return rng.permutation(order.reshape(-1, size))
 
 
-def cut(examples: Examples, chosen: Int[np.ndarray, " batch"], L: int) -> tuple[AnyArray, ...]:
+def cut(
+    examples: Examples, chosen: Int[np.ndarray, " batch"], L: int
+) -> tuple[AnyArray, ...]:
     """Tokens, mask and segment types of chosen examples, L tokens long.
 
-    >>> examples = Examples(np.array([[5, 6, 0], [7, 0, 0]]), np.zeros((2, 3), int), np.array([2, 1]), np.array([1, 0]))
+    >>> examples = Examples(
+    ...     np.array([[5, 6, 0], [7, 0, 0]]),
+    ...     np.zeros((2, 3), int),
+    ...     np.array([2, 1]),
+    ...     np.array([1, 0]),
+    ... )
     >>> cut(examples, np.array([1]), 2)[1].tolist()
     [[True, False]]
     """
-    fit = lambda a: np.pad(a[chosen, :L], [(0, 0), (0, max(0, L - a.shape[1]))])
-    return fit(examples.input_ids), np.arange(L) < examples.lengths[chosen, None], fit(examples.token_type_ids)
+
+    def fit(a):
+        return np.pad(a[chosen, :L], [(0, 0), (0, max(0, L - a.shape[1]))])
+
+    return (
+        fit(examples.input_ids),
+        np.arange(L) < examples.lengths[chosen, None],
+        fit(examples.token_type_ids),
+    )
 
 
 # %% [markdown]
@@ -3555,21 +5127,35 @@ def cut(examples: Examples, chosen: Int[np.ndarray, " batch"], L: int) -> tuple[
 # A new pooler of the usual scale would then drive its tanh to plus or minus one, and nothing could be learned through
 # it. We divide its fresh weights by the spread of the features; the authors' code does not.
 
+
 # %%
 def classifier_on(model: BiGS, sample: Examples, seed: int, outputs: int = 2) -> BiGS:
-    """The model's encoder under a new classifier; a new pooler is scaled to the features of a sample.
+    """The model's encoder under a new classifier; a new pooler is scaled to the
+    features of a sample.
 
-    >>> sample = Examples(*np.ones((2, 2, 3), np.int32), np.array([3, 2]), np.array([0, 1]))
-    >>> classifier_on(BiGS(Config(9, 8, 1, 24, num_ssm=4)), sample, 0, 3).config.num_labels
+    >>> sample = Examples(
+    ...     *np.ones((2, 2, 3), np.int32), np.array([3, 2]), np.array([0, 1])
+    ... )
+    >>> classifier_on(
+    ...     BiGS(Config(9, 8, 1, 24, num_ssm=4)), sample, 0, 3
+    ... ).config.num_labels
     3
     """
-    fresh = BiGS(replace(model.config, num_labels=outputs), "sequence_classification", seed)
+    fresh = BiGS(
+        replace(model.config, num_labels=outputs), "sequence_classification", seed
+    )
     kept = {"encoder"} | ({"pooler"} if model.task == fresh.task else set())
-    values = {path: leaf for path, leaf in named_parameters(model) if kept & set(path[:2])}
+    values = {
+        path: leaf for path, leaf in named_parameters(model) if kept & set(path[:2])
+    }
     if "pooler" not in kept:
-        ids, mask, types = cut(sample, np.arange(len(sample.labels)), sample.input_ids.shape[1])
+        ids, mask, types = cut(
+            sample, np.arange(len(sample.labels)), sample.input_ids.shape[1]
+        )
         features = pool(model.encoder(ids, mask, types), mask, model.config.pooler_type)
-        values["head", "pooler", "kernel"] = fresh.head.pooler.kernel[...] / features.std()
+        values["head", "pooler", "kernel"] = (
+            fresh.head.pooler.kernel[...] / features.std()
+        )
     return with_parameters(fresh, values)
 
 
@@ -3577,6 +5163,7 @@ def classifier_on(model: BiGS, sample: Examples, seed: int, outputs: int = 2) ->
 # The rest is as in the paper: AdamW with $\beta_2$ of 0.999, a warm-up over the first tenth of the steps and then
 # linearly down to zero; rates, decays, batches and epochs from a small grid, its Table 6. Rate and decay are arguments
 # of the step, so that no value of theirs is compiled anew. Kernels can be frozen, which the authors tried, too.
+
 
 # %%
 @dataclass(frozen=True)
@@ -3587,6 +5174,7 @@ class Tuning:
     Traceback (most recent call last):
     annotated_bigs.UserError: epochs: 0 is not positive
     """
+
     learning_rate: float = 3e-5
     weight_decay: float = 0.01
     batch: int = 32
@@ -3596,34 +5184,66 @@ class Tuning:
     cut: bool = True  # end a batch with its longest text, if padding is silent
 
     def __post_init__(self):
-        for field, least in (("learning_rate", 1e-30), ("batch", 1), ("epochs", 1), ("weight_decay", 0), ("warmup", 0)):
+        for field, least in (
+            ("learning_rate", 1e-30),
+            ("batch", 1),
+            ("epochs", 1),
+            ("weight_decay", 0),
+            ("warmup", 0),
+        ):
             if (value := getattr(self, field)) < least:
-                raise UserError(f"{field}: {value} is not positive" if least else f"{field}: {value} is negative")
+                raise UserError(
+                    f"{field}: {value} is not positive"
+                    if least
+                    else f"{field}: {value} is negative"
+                )
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0."""
         rising = max(1, round(self.warmup * steps))
-        return self.learning_rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+        return self.learning_rate * min(
+            (step + 1) / rising, (steps - step) / max(1, steps - rising)
+        )
 
 
 # %% [markdown]
 # A step, for labels or for a score:
 
 # %%
-GRID = {"learning_rate": (1e-5, 2e-5, 3e-5, 5e-5, 6e-5), "weight_decay": (0.01, 0.1), "batch": (16, 32),
-        "epochs": (3, 5, 8)}
+GRID = {
+    "learning_rate": (1e-5, 2e-5, 3e-5, 5e-5, 6e-5),
+    "weight_decay": (0.01, 0.1),
+    "batch": (16, 32),
+    "epochs": (3, 5, 8),
+}
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6)
 
 
-@functools.partial(jax.jit, static_argnames="frozen", donate_argnames=("model", "moments"))
+@functools.partial(
+    jax.jit, static_argnames="frozen", donate_argnames=("model", "moments")
+)
 def tuning_step(model, moments, inputs, labels, key, rate, decay, frozen):
-    """One step of AdamW on cross-entropy, or on squared error where there is one output: model, moments, loss.
+    """One step of AdamW on cross-entropy, or on squared error where there is one
+    output: model, moments, loss.
 
-    >>> model, ids = BiGS(Config(9, 8, 1, 24, num_ssm=4), "sequence_classification"), np.ones((2, 3), np.int32)
-    >>> _, _, loss = tuning_step(model, ADAM.init(model), (ids,), np.array([0, 1]), None, 0.1, 0.0, frozen=False)
+    >>> model, ids = (
+    ...     BiGS(Config(9, 8, 1, 24, num_ssm=4), "sequence_classification"),
+    ...     np.ones((2, 3), np.int32),
+    ... )
+    >>> _, _, loss = tuning_step(
+    ...     model,
+    ...     ADAM.init(model),
+    ...     (ids,),
+    ...     np.array([0, 1]),
+    ...     None,
+    ...     0.1,
+    ...     0.0,
+    ...     frozen=False,
+    ... )
     >>> bool(abs(loss - jnp.log(2)) < 0.5)
     True
     """
+
     def loss(model):
         outputs = model(*inputs, key=key)
         if outputs.shape[1] == 1:
@@ -3631,7 +5251,11 @@ def tuning_step(model, moments, inputs, labels, key, rate, decay, frozen):
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
     def move(path, old, update):
-        return old if frozen and is_ssm(path) else old - rate * (update + decay * is_decayed(path, True) * old)
+        return (
+            old
+            if frozen and is_ssm(path)
+            else old - rate * (update + decay * is_decayed(path, True) * old)
+        )
 
     value, gradient = jax.value_and_grad(loss)(model)
     updates, moments = ADAM.update(gradient, moments)
@@ -3643,9 +5267,13 @@ def tuning_step(model, moments, inputs, labels, key, rate, decay, frozen):
 # flattered by chance: among 277 examples, those of RTE, one standard error is three points. So we score the model after
 # each epoch, and report the last beside the best.
 
+
 # %%
 class Tuned(NamedTuple):
-    """What fine-tuning leaves: the last model, the best one (the later of equals), and the score after each epoch."""
+    """What fine-tuning leaves: the last model, the best one (the later of equals), and
+    the score after each epoch.
+    """
+
     last: BiGS
     best: BiGS
     scores: list[float]
@@ -3654,38 +5282,73 @@ class Tuned(NamedTuple):
 # %% [markdown]
 # Order and dropout are decided by the seed alone, so that a run can be repeated.
 
+
 # %%
-def finetune(model: BiGS, train: Examples, tuning: Tuning, seed: int = 0,
-             score: Callable[[BiGS], float] | None = None) -> Tuned:
-    """Fine-tune a sequence classifier or a regression; without a score, the last model is the best.
+def finetune(
+    model: BiGS,
+    train: Examples,
+    tuning: Tuning,
+    seed: int = 0,
+    score: Callable[[BiGS], float] | None = None,
+) -> Tuned:
+    """Fine-tune a sequence classifier or a regression; without a score, the last model
+    is the best.
 
-    Raises UserError if there are fewer examples than one batch holds, or if the parameters run away.
+    Raises UserError if there are fewer examples than one batch holds, or if the
+    parameters run away.
 
-    >>> ids = np.tile(np.array([[5, 6], [7, 6]], np.int32), (4, 1))  # the first word tells the label
+    >>> ids = np.tile(
+    ...     np.array([[5, 6], [7, 6]], np.int32), (4, 1)
+    ... )  # the first word tells the label
     >>> examples = Examples(ids, 0 * ids, np.full(8, 2), np.tile([0, 1], 4))
     >>> model = BiGS(Config(9, 8, 1, 24, num_ssm=4), "sequence_classification")
-    >>> tuned = finetune(model, examples, Tuning(learning_rate=0.01, batch=8, epochs=40))
+    >>> tuned = finetune(
+    ...     model, examples, Tuning(learning_rate=0.01, batch=8, epochs=40)
+    ... )
     >>> task_scores(GLUE["wnli"], predict(tuned.last, examples), examples.labels)
     {'accuracy': 1.0}
     """
     from tqdm import tqdm
+
     most, key, scores = model.config.max_position_embeddings, jax.random.key(seed), []
-    lengths = train.lengths if tuning.cut and model.config.mask_padding else np.full_like(train.lengths, most)
+    lengths = (
+        train.lengths
+        if tuning.cut and model.config.mask_padding
+        else np.full_like(train.lengths, most)
+    )
     if len(lengths) < tuning.batch:
-        raise UserError(f"train: {len(lengths)} examples do not fill a batch of {tuning.batch}")
+        raise UserError(
+            f"train: {len(lengths)} examples do not fill a batch of {tuning.batch}"
+        )
     model = best = jax.tree.map(jnp.copy, model)
-    moments, step, steps = ADAM.init(model), 0, tuning.epochs * (len(lengths) // tuning.batch)
+    moments, step, steps = (
+        ADAM.init(model),
+        0,
+        tuning.epochs * (len(lengths) // tuning.batch),
+    )
     with tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1) as bar:
         for epoch in range(tuning.epochs):
-            for chosen in grouped(lengths, tuning.batch, np.random.default_rng((seed, epoch))):
+            for chosen in grouped(
+                lengths, tuning.batch, np.random.default_rng((seed, epoch))
+            ):
                 inputs = cut(train, chosen, shape_of(lengths[chosen], most))
-                model, moments, _ = tuning_step(model, moments, inputs, train.labels[chosen],
-                                                jax.random.fold_in(key, step), tuning.rate(step, steps),
-                                                tuning.weight_decay, tuning.freeze_kernels)
+                model, moments, _ = tuning_step(
+                    model,
+                    moments,
+                    inputs,
+                    train.labels[chosen],
+                    jax.random.fold_in(key, step),
+                    tuning.rate(step, steps),
+                    tuning.weight_decay,
+                    tuning.freeze_kernels,
+                )
                 bar.update()
                 step += 1
             if not np.isfinite(optax.global_norm(model)):
-                raise UserError(f"learning_rate: {tuning.learning_rate} is too large, parameters are not finite")
+                raise UserError(
+                    f"learning_rate: {tuning.learning_rate} is too large, parameters"
+                    " are not finite"
+                )
             scores.append(score(model) if score else epoch)
             if scores[-1] == max(scores):
                 best = jax.tree.map(jnp.copy, model)
@@ -3695,23 +5358,38 @@ def finetune(model: BiGS, train: Examples, tuning: Tuning, seed: int = 0,
 # %% [markdown]
 # Answers come in batches, too, sorted by length.
 
+
 # %% tags=["appendix"]
-def predict(model: BiGS, examples: Examples, batch: int = 64) -> Float[np.ndarray, "n outputs"]:
+def predict(
+    model: BiGS, examples: Examples, batch: int = 64
+) -> Float[np.ndarray, "n outputs"]:
     """The model's outputs for all examples, in their order.
 
-    >>> examples = Examples(*np.ones((2, 5, 4), np.int32), np.arange(5) % 4 + 1, np.zeros(5, int))
+    >>> examples = Examples(
+    ...     *np.ones((2, 5, 4), np.int32), np.arange(5) % 4 + 1, np.zeros(5, int)
+    ... )
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4), "sequence_classification")
-    >>> bool(np.allclose(predict(model, examples, 2)[4], model([[1]], token_type_ids=[[1]])[0], atol=1e-5))
+    >>> bool(
+    ...     np.allclose(
+    ...         predict(model, examples, 2)[4],
+    ...         model([[1]], token_type_ids=[[1]])[0],
+    ...         atol=1e-5,
+    ...     )
+    ... )
     True
     """
-    most, order = model.config.max_position_embeddings, np.argsort(examples.lengths, kind="stable")
+    most, order = (
+        model.config.max_position_embeddings,
+        np.argsort(examples.lengths, kind="stable"),
+    )
     outputs = np.zeros((len(order), model.config.num_labels), np.float32)
     for start in range(0, len(order), batch):
-        chosen = order[start:start + batch]
+        chosen = order[start : start + batch]
         full = np.pad(chosen, (0, batch - len(chosen)), mode="edge")
         L = shape_of(examples.lengths[chosen], most)
-        outputs[chosen] = np.asarray(model(*cut(examples, full, L)))[:len(chosen)]
+        outputs[chosen] = np.asarray(model(*cut(examples, full, L)))[: len(chosen)]
     return outputs
+
 
 # %% [markdown]
 # ### Live
@@ -3721,9 +5399,11 @@ def predict(model: BiGS, examples: Examples, batch: int = 64) -> Float[np.ndarra
 # comes from another string of the same package, so that the topic alone does not give it away. Training pairs come from
 # the training modules, test pairs from the held-out ones.
 
+
 # %% tags=["appendix"]
 class Pair(NamedTuple):
     """Two sentences, and 1 if they belong together."""
+
     first: str
     second: str
     label: int
@@ -3731,6 +5411,7 @@ class Pair(NamedTuple):
 
 # %% [markdown]
 # They are drawn from documents of two sentences or more.
+
 
 # %% tags=["appendix"]
 def sentences(text: str) -> list[str]:
@@ -3743,16 +5424,26 @@ def sentences(text: str) -> list[str]:
 
 
 def make_pairs(documents: list[Document], seed: int, limit: int) -> list[Pair]:
-    """Pairs from documents of two sentences or more, half of them from one text, shuffled.
+    """Pairs from documents of two sentences or more, half of them from one text,
+    shuffled.
 
-    >>> documents = [Document("p/a.py", f"This is text {i} alone. It has {i} good ends.") for i in range(8)]
+    >>> documents = [
+    ...     Document("p/a.py", f"This is text {i} alone. It has {i} good ends.")
+    ...     for i in range(8)
+    ... ]
     >>> pairs = make_pairs(documents, 0, 100)
     >>> len(pairs), sum(pair.label for pair in pairs)
     (8, 4)
     """
     rng = np.random.default_rng(seed)
-    texts = [(d.module.split("/")[0], s) for d in documents if len(s := sentences(d.text)) >= 2]
-    packages = {p: [s for q, s in texts if q == p] for p in sorted({p for p, _ in texts})}
+    texts = [
+        (d.module.split("/")[0], s)
+        for d in documents
+        if len(s := sentences(d.text)) >= 2
+    ]
+    packages = {
+        p: [s for q, s in texts if q == p] for p in sorted({p for p, _ in texts})
+    }
     pairs = []
     for package, own in texts:
         first = rng.integers(len(own) - 1)
@@ -3760,13 +5451,20 @@ def make_pairs(documents: list[Document], seed: int, limit: int) -> list[Pair]:
         other = own
         while label == 0 and other is own and len(packages[package]) > 1:
             other = packages[package][rng.integers(len(packages[package]))]
-        pairs.append(Pair(own[first], own[first + 1] if label else other[rng.integers(len(other))], label))
+        pairs.append(
+            Pair(
+                own[first],
+                own[first + 1] if label else other[rng.integers(len(other))],
+                label,
+            )
+        )
     return [pairs[i] for i in rng.permutation(len(pairs))[:limit]]
 
 
 # %% [markdown]
 # Two numbers to beat. Chance is one half. And whoever only counts words that both sentences share, and learns
 # from the training pairs which share of them is enough, does better than chance.
+
 
 # %% tags=["appendix"]
 def word_overlap(pair: Pair) -> float:
@@ -3786,7 +5484,10 @@ def overlap_baseline(train: list[Pair], test: list[Pair]) -> float:
     >>> overlap_baseline(pairs, pairs)
     1.0
     """
-    scores, labels = np.array([word_overlap(p) for p in train]), np.array([p.label for p in train])
+    scores, labels = (
+        np.array([word_overlap(p) for p in train]),
+        np.array([p.label for p in train]),
+    )
     cuts = np.unique(scores)
     best = cuts[np.argmax([((scores >= cut) == labels).mean() for cut in cuts])]
     return float(np.mean([(word_overlap(p) >= best) == p.label for p in test]))
@@ -3796,43 +5497,74 @@ def overlap_baseline(train: list[Pair], test: list[Pair]) -> float:
 # One run each, with pretraining and without. The standard error is that of counting independent answers;
 # three pairs come from each text, so the true one is somewhat larger.
 
+
 # %% tags=["appendix"]
 @functools.cache
 def pair_task() -> tuple[list[Pair], list[Pair]]:
     """The demonstration's training and test pairs."""
     corpus = embedded_english()
-    draw = lambda documents, *seeds: [pair for seed in seeds for pair in make_pairs(documents, seed, 6000)]
+
+    def draw(documents, *seeds):
+        return [pair for seed in seeds for pair in make_pairs(documents, seed, 6000)]
+
     return draw(corpus.train, 0, 1), draw(corpus.heldout, 2, 3, 4)
 
 
 def encode_pairs(pairs: list[Pair], tokenizer, most: int) -> Examples:
     """Pairs as examples.
 
-    >>> encode_pairs([Pair("a", "b", 1)], train_tokenizer(["a b c"] * 10, 20), 128).labels
+    >>> encode_pairs(
+    ...     [Pair("a", "b", 1)], train_tokenizer(["a b c"] * 10, 20), 128
+    ... ).labels
     array([1])
     """
-    return encode([pair[:2] for pair in pairs], np.array([pair.label for pair in pairs]), tokenizer, most)
+    return encode(
+        [pair[:2] for pair in pairs],
+        np.array([pair.label for pair in pairs]),
+        tokenizer,
+        most,
+    )
 
 
 @functools.cache
 def tiny_finetuned(seed: int, pretrained: bool) -> tuple[BiGS, float]:
-    """The demonstration model fine-tuned on the pairs, or a fresh one, and its accuracy on the test pairs."""
-    train, test = (encode_pairs(pairs, tiny_dataset().tokenizer, 128) for pairs in pair_task())
+    """The demonstration model fine-tuned on the pairs, or a fresh one, and its accuracy
+    on the test pairs.
+    """
+    train, test = (
+        encode_pairs(pairs, tiny_dataset().tokenizer, 128) for pairs in pair_task()
+    )
     start = tiny_run().model if pretrained else fresh_tiny()
     start = classifier_on(start, Examples(*(a[:64] for a in train)), seed)
     model = finetune(start, train, Tuning(learning_rate=4e-4, epochs=1), seed).last
-    return model, task_scores(GLUE["pairs"], predict(model, test), test.labels)["accuracy"]
+    return (
+        model,
+        task_scores(GLUE["pairs"], predict(model, test), test.labels)["accuracy"],
+    )
 
 
 @example
 def compare_pairs():
     train, test = pair_task()
-    scores = {"pretrained": [tiny_finetuned(0, True)[1]], "not pretrained": [tiny_finetuned(0, False)[1]],
-              "word overlap": [overlap_baseline(train, test)], "always yes": [np.mean([p.label for p in test])]}
-    print(f"same documentation string? accuracy on {len(test)} pairs of held-out modules")
+    scores = {
+        "pretrained": [tiny_finetuned(0, True)[1]],
+        "not pretrained": [tiny_finetuned(0, False)[1]],
+        "word overlap": [overlap_baseline(train, test)],
+        "always yes": [np.mean([p.label for p in test])],
+    }
+    print(
+        f"same documentation string? accuracy on {len(test)} pairs of held-out modules"
+    )
     for name, (value,) in scores.items():
-        print(f"  {name:16s}{value:6.1%} +- {np.sqrt(value * (1 - value) / len(test)):.1%}")
-    keep_results(RESULTS, pairs={"test_pairs": len(test), "train_pairs": len(train), "accuracy": scores})
+        print(
+            f"  {name:16s}{value:6.1%} +-"
+            f" {np.sqrt(value * (1 - value) / len(test)):.1%}"
+        )
+    keep_results(
+        RESULTS,
+        pairs={"test_pairs": len(test), "train_pairs": len(train), "accuracy": scores},
+    )
+
 
 # %% [markdown]
 # The numbers stand as they came out, and they are modest: looking at shared words does better than either
@@ -3857,30 +5589,70 @@ def compare_pairs():
 # code](https://github.com/jxiw/BiGS/blob/main/GLUE.md); the paper's own, task by task, could not be found.
 
 # %% tags=["appendix"]
-AUTHORS = {"mnli": 86.5, "qnli": 91.6, "qqp": 88.4, "rte": 79.8, "sst2": 93.8, "mrpc": 88.3, "cola": 67.9, "stsb": 89.7}
+AUTHORS = {
+    "mnli": 86.5,
+    "qnli": 91.6,
+    "qqp": 88.4,
+    "rte": 79.8,
+    "sst2": 93.8,
+    "mrpc": 88.3,
+    "cola": 67.9,
+    "stsb": 89.7,
+}
 
 
 def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
-    """A table of `summary`s: best and last evaluation, mean and standard deviation over seeds, times 100.
+    """A table of `summary`s: best and last evaluation, mean and standard deviation over
+    seeds, times 100.
 
-    >>> scores = {"best": {"dev": {"matthews": [0.5, 0.7]}}, "last": {"dev": {"matthews": [0.4, 0.6]}}}
-    >>> print_glue({"cola": {"dev": "dev", "metric": "matthews", "examples": {"dev": 9}, "variants": {"ours": scores},
-    ...                      "no skill": {"chance": 0.0, "majority": 0.0}}})
-    task  metric   of dev  chance majority   authors  variant           best           last
-    cola  matthews      9     0.0      0.0      67.9  ours              60.0 +- 14.1   50.0 +- 14.1
+    >>> scores = {
+    ...     "best": {"dev": {"matthews": [0.5, 0.7]}},
+    ...     "last": {"dev": {"matthews": [0.4, 0.6]}},
+    ... }
+    >>> print_glue(
+    ...     {
+    ...         "cola": {
+    ...             "dev": "dev",
+    ...             "metric": "matthews",
+    ...             "examples": {"dev": 9},
+    ...             "variants": {"ours": scores},
+    ...             "no skill": {"chance": 0.0, "majority": 0.0},
+    ...         }
+    ...     }
+    ... )
+    task  metric   of dev  chance majority   authors  variant          best          last
+    cola  matthews      9     0.0      0.0      67.9  ours     60.0 +- 14.1  50.0 +- 14.1
     """
-    print("task  metric   of dev  chance majority   authors  variant           best           last")
-    spread = lambda values: f"{100 * np.mean(values):5.1f} +- {100 * np.std(values, ddof=len(values) > 1):4.1f}"
+    print(
+        "task  metric   of dev  chance majority   authors  variant          best"
+        "          last"
+    )
+
+    def spread(values):
+        return (
+            f"{100 * np.mean(values):5.1f} +-"
+            f" {100 * np.std(values, ddof=len(values) > 1):4.1f}"
+        )
+
     for name, found in tasks.items():
-        chance, majority = (f"{100 * found['no skill'][kind]:8.1f}" for kind in ("chance", "majority"))
+        chance, majority = (
+            f"{100 * found['no skill'][kind]:8.1f}" for kind in ("chance", "majority")
+        )
         for variant, scores in found["variants"].items():
-            best, last = (spread(scores[kind][found["dev"]][found["metric"]]) for kind in ("best", "last"))
-            print(f"{name:6s}{found['metric']:9s}{found['examples'][found['dev']]:6d}{chance}{majority.rjust(9)}"
-                  f"{AUTHORS.get(name, '-'):>10}  {variant:16s}{best:>14s} {last:>14s}")
+            best, last = (
+                spread(scores[kind][found["dev"]][found["metric"]])
+                for kind in ("best", "last")
+            )
+            print(
+                f"{name:6s}{found['metric']:9s}{found['examples'][found['dev']]:6d}"
+                f"{chance}{majority.rjust(9)}{AUTHORS.get(name, '-'):>10}"
+                f"  {variant:7s}{best:>14s}{last:>14s}"
+            )
 
 
 # %% [markdown]
 # And what pretraining is worth, by that table:
+
 
 # %% tags=["appendix"]
 @functools.cache
@@ -3890,21 +5662,30 @@ def glue() -> dict[str, Any]:
     >>> glue()["mnli"]["metric"], glue()["mnli"]["examples"]["train"]
     ('accuracy', 9882)
     """
-    return {name: found for name, found in json.loads((DATA / "glue.json").read_text()).items() if name in GLUE}
+    return {
+        name: found
+        for name, found in json.loads((DATA / "glue.json").read_text()).items()
+        if name in GLUE
+    }
 
 
-def glue_scores(task: str, variant: str = "pretrained", kind: str = "best") -> Float[np.ndarray, " seeds"]:
+def glue_scores(
+    task: str, variant: str = "pretrained", kind: str = "best"
+) -> Float[np.ndarray, " seeds"]:
     """The scores in the table, times 100, seed by seed; `kind` is best or last.
 
     >>> bool((glue_scores("sst2") > glue_scores("sst2", "not pretrained")).all())
     True
     """
     found = glue()[task]
-    return 100 * np.array(found["variants"][variant][kind][found["dev"]][found["metric"]])
+    return 100 * np.array(
+        found["variants"][variant][kind][found["dev"]][found["metric"]]
+    )
 
 
 def worth(task: str) -> tuple[float, float]:
-    """What pretraining adds to the best score of a task: in points, and in standard deviations, the larger of the two.
+    """What pretraining adds to the best score of a task: in points, and in standard
+    deviations, the larger of the two.
 
     >>> points, deviations = worth("sst2")
     >>> points > 0 and deviations > 2
@@ -3918,24 +5699,30 @@ def worth(task: str) -> tuple[float, float]:
 # %% [markdown]
 # What it is worth to end batches with their longest text was measured apart:
 
+
 # %% tags=["appendix"]
 def cut_speed(task: str) -> float:
-    """How many times as fast a task is learned where batches end with their longest text (data/glue-speed.json).
+    """How many times as fast a task is learned where batches end with their longest
+    text (data/glue-speed.json).
 
     >>> cut_speed("cola") > 3
     True
     """
     ways = json.loads((DATA / "glue-speed.json").read_text())[task]["variants"]
-    return float(np.median(np.divide(ways["padded"]["seconds"], ways["pretrained"]["seconds"])))
+    return float(
+        np.median(np.divide(ways["padded"]["seconds"], ways["pretrained"]["seconds"]))
+    )
 
 
 # %% [markdown]
 # The table, with means and standard deviations over the seeds:
 
+
 # %%
 @example
 def show_glue():
     print_glue(glue())
+
 
 # %% [markdown]
 # *Chance* guesses, every label as often as the other; *majority* always names the most frequent one. Best and last are
@@ -3978,15 +5765,19 @@ def show_glue():
 # Here, the table of positions aside, the answer is the same for all sentences and can be drawn: the kernels of (4),
 # two a layer. We read those of the model in `data/bigs-mini`.
 
+
 # %%
 def kernels_of(model: BiGS) -> Float[np.ndarray, "layers 2 L"]:
-    """All kernels of a gated or stacked SSM model: forward and backward, layer by layer, equation (4).
+    """All kernels of a gated or stacked SSM model: forward and backward, layer by
+    layer, equation (4).
 
     >>> kernels_of(BiGS(Config(50, 8, 1, 24, num_ssm=4))).shape
     (1, 2, 128)
     """
     if model.config.routing != "ssm":
-        raise UserError(f"model: it routes by {model.config.routing}; only SSMs have kernels")
+        raise UserError(
+            f"model: it routes by {model.config.routing}; only SSMs have kernels"
+        )
     L, layers = model.config.max_position_embeddings, model.encoder.layers
     one = jax.jit(jax.vmap(lambda ssm: ssm_kernel(ssm.diagonal(), L)))
     return np.stack([one(layers.forward), one(layers.backward)], axis=1)
@@ -3995,12 +5786,14 @@ def kernels_of(model: BiGS) -> Float[np.ndarray, "layers 2 L"]:
 # %% [markdown]
 # What is drawn below lies beside the model.
 
+
 # %% tags=["appendix"]
 @functools.cache
 def boxed_kernels() -> dict[str, np.ndarray]:
-    """What data/bigs-mini/kernels.npz keeps: kernels (layers, 2, L) at the `start`, `pretrained` and `finetuned`;
-    and for n checkpoints `tokens` read, `step_sizes` (n, layers, 2), `poles` (n, layers, 2, N), the `spread` (n) of
-    the encoder's output, and `sizes` (n, layers), the root mean square of each layer's last matrix.
+    """What data/bigs-mini/kernels.npz keeps: kernels (layers, 2, L) at the `start`,
+    `pretrained` and `finetuned`; and for n checkpoints `tokens` read, `step_sizes` (n,
+    layers, 2), `poles` (n, layers, 2, N), the `spread` (n) of the encoder's output, and
+    `sizes` (n, layers), the root mean square of each layer's last matrix.
 
     >>> boxed_kernels()["pretrained"].shape
     (6, 2, 128)
@@ -4018,8 +5811,11 @@ def boxed_kernels() -> dict[str, np.ndarray]:
 # hears the token through its own $D$. We draw the larger of the two kernels there and leave $D$ out. Layers count
 # from 0, the first at the bottom, as in the paper.
 
+
 # %%
-def around(kernels: Float[np.ndarray, "2 L"], reach: int = 10) -> Float[np.ndarray, " positions"]:
+def around(
+    kernels: Float[np.ndarray, "2 L"], reach: int = 10
+) -> Float[np.ndarray, " positions"]:
     """Absolute kernel values at relative positions -reach..reach, scaled to 0..1.
 
     The forward kernel's lag 1 is the position before the token:
@@ -4028,7 +5824,7 @@ def around(kernels: Float[np.ndarray, "2 L"], reach: int = 10) -> Float[np.ndarr
     >>> around(np.stack([forward, backward]), 2).tolist()
     [0.5, 1.0, 0.0, 0.25, 0.0]
     """
-    past, future = np.abs(kernels[:, :reach + 1])
+    past, future = np.abs(kernels[:, : reach + 1])
     row = np.concatenate([past[:0:-1], [max(past[0], future[0])], future[1:]])
     return (row - row.min()) / (row.max() - row.min())
 
@@ -4041,12 +5837,20 @@ def draw_rows(stages: dict[str, Float[np.ndarray, "layers 2 L"]]):
     """
     layers = len(next(iter(stages.values())))
     size = (4.5 * len(stages), 0.75 * layers + 0.8)
-    drawing, axes = canvas(layers, len(stages), size, sharex=True, sharey=True, squeeze=False)
+    drawing, axes = canvas(
+        layers, len(stages), size, sharex=True, sharey=True, squeeze=False
+    )
     positions = np.arange(-10, 11)
     for column, (stage, kernels) in enumerate(stages.items()):
         for layer in range(layers):
             ax, row = axes[layers - 1 - layer, column], around(kernels[layer])
-            ax.fill_between(positions, row, step="mid", color=GREY if stage == "step 0" else BLUE, alpha=0.6)
+            ax.fill_between(
+                positions,
+                row,
+                step="mid",
+                color=GREY if stage == "step 0" else BLUE,
+                alpha=0.6,
+            )
             ax.step(positions, row, where="mid", color="black", lw=0.9)
             ax.set(yticks=[], ylim=(0, 1.08), xticks=range(-10, 11, 5))
             if column == 0:
@@ -4059,19 +5863,33 @@ def draw_rows(stages: dict[str, Float[np.ndarray, "layers 2 L"]]):
 # %% [markdown]
 # Step 0 stands beside the trained model, so that what was learned can be told from what was drawn at random.
 
+
 # %%
-@figure(name="kernels",
-        alt="Filled step plots over positions -10 to 10, a row for each layer: at step 0, and beside it pretrained.",
-        caption="Figure 3 of the paper, for the model in data/bigs-mini: how each layer reads its surroundings, at "
-                "step 0 (left) and after pretraining (right). Rows are layers, 0 at the bottom. Drawn by "
-                "kernels_figure.")
+@figure(
+    name="kernels",
+    alt=(
+        "Filled step plots over positions -10 to 10, a row for each layer: at step 0,"
+        " and beside it pretrained."
+    ),
+    caption=(
+        "Figure 3 of the paper, for the model in data/bigs-mini: how each layer reads"
+        " its surroundings, at step 0 (left) and after pretraining (right). Rows are"
+        " layers, 0 at the bottom. Drawn by kernels_figure."
+    ),
+)
 def kernels_figure():
-    return draw_rows({"step 0": boxed_kernels()["start"], "pretrained": boxed_kernels()["pretrained"]})
+    return draw_rows(
+        {
+            "step 0": boxed_kernels()["start"],
+            "pretrained": boxed_kernels()["pretrained"],
+        }
+    )
 
 
 # %% [markdown]
 # Ten positions are not all. Call the *reach* of a kernel the lag within which nine tenths of its absolute values lie,
 # and a kernel *local* if it reaches no further than the figure shows.
+
 
 # %%
 def reach(kernel: Float[np.ndarray, " L"], share: float = 0.9) -> int:
@@ -4097,8 +5915,12 @@ def reaches(kernels: Float[np.ndarray, "layers 2 L"]) -> Int[np.ndarray, "layers
 # So we print for every layer its strongest position, its reach to both sides, and Pearson's correlation of its row
 # with the same row at step 0. A correlation near 1 means that the row was there from the start.
 
+
 # %% tags=["appendix"]
-def print_reading(start: Float[np.ndarray, "layers 2 L"] | None, kernels: Float[np.ndarray, "layers 2 L"]) -> None:
+def print_reading(
+    start: Float[np.ndarray, "layers 2 L"] | None,
+    kernels: Float[np.ndarray, "layers 2 L"],
+) -> None:
     """Strongest position, reach, and correlation with the start of every layer.
 
     >>> print_reading(None, boxed_kernels()["start"][:1])
@@ -4109,7 +5931,11 @@ def print_reading(start: Float[np.ndarray, "layers 2 L"] | None, kernels: Float[
     print(f"layer  strongest position  reach into the past, the future{learned}")
     for layer in reversed(range(len(kernels))):
         row, (past, future) = around(kernels[layer]), reaches(kernels)[layer]
-        old = "" if start is None else f"{np.corrcoef(around(start[layer]), row)[0, 1]:25.2f}"
+        old = (
+            ""
+            if start is None
+            else f"{np.corrcoef(around(start[layer]), row)[0, 1]:25.2f}"
+        )
         print(f"{layer:5d}  {row.argmax() - 10:+18d}  {past:19d}, {future:10d}{old}")
 
 
@@ -4119,6 +5945,7 @@ def draw_kernels():
     print_reading(boxed_kernels()["start"], boxed_kernels()["pretrained"])
     print("the tiny model of room 12:")
     print_reading(kernels_of(fresh_tiny()), kernels_of(tiny_run().model))
+
 
 # %% [markdown]
 # Six layers show most of what the paper's twenty-three show. (Its rows are read off the printed figure; the bottom
@@ -4153,31 +5980,57 @@ def draw_kernels():
 # How did they get there? A kernel has a few handles: its step size, which stretches it as a whole, its poles, and its
 # read-outs. The checkpoints of the run tell how the first two moved.
 
+
 # %% tags=["appendix"]
-@figure(name="movement",
-        alt="Left: twelve lines of step size against tokens read. Right: poles as dots, before and after training.",
-        caption="How the handles of the kernels moved while data/bigs-mini was pretrained. Left: step sizes, a colour "
-                "for each layer, forward solid, backward dashed. Right: what each pole is in tokens, at step 0 (grey) "
-                "and in the end (red): the tokens in which its state halves, and its turns in a token, of which whole "
-                "ones change nothing. Drawn by movement_figure.")
+@figure(
+    name="movement",
+    alt=(
+        "Left: twelve lines of step size against tokens read. Right: poles as dots,"
+        " before and after training."
+    ),
+    caption=(
+        "How the handles of the kernels moved while data/bigs-mini was pretrained."
+        " Left: step sizes, a colour for each layer, forward solid, backward dashed."
+        " Right: what each pole is in tokens, at step 0 (grey) and in the end (red):"
+        " the tokens in which its state halves, and its turns in a token, of which"
+        " whole ones change nothing. Drawn by movement_figure."
+    ),
+)
 def movement_figure():
     drawing, (left, right) = canvas(1, 2, (9.0, 3.2))
     found = boxed_kernels()
     for layer, side in np.ndindex(found["step_sizes"].shape[1:]):
-        left.plot(found["tokens"] / 1e6, found["step_sizes"][:, layer, side], ls=("-", "--")[side], color=f"C{layer}",
-                  label=(f"layer {layer}", None)[side])
+        left.plot(
+            found["tokens"] / 1e6,
+            found["step_sizes"][:, layer, side],
+            ls=("-", "--")[side],
+            color=f"C{layer}",
+            label=(f"layer {layer}", None)[side],
+        )
     left.set(xlabel="million tokens", ylabel="step size", yscale="log")
     left.legend(frameon=False, ncols=2, fontsize=7)
     for when, color in ((0, GREY), (-1, RED)):
         z = (found["poles"][when] * found["step_sizes"][when, :, :, None]).ravel()
-        right.plot(np.log(2) / np.maximum(-z.real, 1e-6), np.abs(z.imag) / (2 * np.pi), ".", ms=2.5, color=color)
-    right.set(xlabel="tokens in which it halves", ylabel="turns in a token", xscale="log", yscale="log")
+        right.plot(
+            np.log(2) / np.maximum(-z.real, 1e-6),
+            np.abs(z.imag) / (2 * np.pi),
+            ".",
+            ms=2.5,
+            color=color,
+        )
+    right.set(
+        xlabel="tokens in which it halves",
+        ylabel="turns in a token",
+        xscale="log",
+        yscale="log",
+    )
     return drawing
 
 
 @example
 def draw_movement():
     show(movement_figure)
+
 
 # %% [markdown]
 # All step sizes grew, `(boxed_kernels()["step_sizes"][-1] > boxed_kernels()["step_sizes"][0]).all()`, the smallest
@@ -4197,6 +6050,7 @@ def draw_movement():
 # A kernel shows where a layer looks, not whether it matters; the same holds for an attention map. To find out,
 # silence it: with $C = 0$ a direction of a layer hears only the token itself, through $D$. What does the model lose?
 
+
 # %%
 def silenced(model: BiGS, which: Bool[np.ndarray, "layers 2"]) -> BiGS:
     """The same model with some kernels at zero.
@@ -4208,7 +6062,9 @@ def silenced(model: BiGS, which: Bool[np.ndarray, "layers 2"]) -> BiGS:
     layers, values = model.encoder.layers, {}
     for side, name in enumerate(("forward", "backward")):
         C = getattr(layers, name).C[...]
-        values["encoder", "layers", name, "C"] = jnp.where(which[:, side, None, None], 0, C)
+        values["encoder", "layers", name, "C"] = jnp.where(
+            which[:, side, None, None], 0, C
+        )
     return with_parameters(model, values)
 
 
@@ -4216,10 +6072,12 @@ def silenced(model: BiGS, which: Bool[np.ndarray, "layers 2"]) -> BiGS:
 # `inspect` of [the command line](#15-the-command-line) has asked this of three texts that the model has not read
 # (`data/bigs-mini/reading.json`).
 
+
 # %% tags=["appendix"]
 @functools.cache
 def boxed_reading() -> dict[str, Any]:
-    """What `inspect` measured: held-out losses, whole and without kernels, from data/bigs-mini/reading.json.
+    """What `inspect` measured: held-out losses, whole and without kernels, from
+    data/bigs-mini/reading.json.
 
     >>> len(boxed_reading()["losses"])
     3
@@ -4239,13 +6097,19 @@ def print_silenced(losses: dict[str, dict[str, float]]) -> None:
     for name in next(iter(losses.values())):
         whole = [found["nothing"] for found in losses.values()]
         values = [found[name] for found in losses.values()]
-        print(f"{name:20s}" + "".join(f"{value:20.3f}" if name == "nothing" else f"{value - base:+20.3f}"
-                                      for value, base in zip(values, whole, strict=True)))
+        print(
+            f"{name:20s}"
+            + "".join(
+                f"{value:20.3f}" if name == "nothing" else f"{value - base:+20.3f}"
+                for value, base in zip(values, whole, strict=True)
+            )
+        )
 
 
 @example
 def show_silenced():
     print_silenced(boxed_reading()["losses"])
+
 
 # %% [markdown]
 # Without any kernel the model still knows each word and its place, and pays more than three nats for knowing nothing
@@ -4266,44 +6130,79 @@ def show_silenced():
 # of a few layers become longer. Here are the three of our kernels that moved most, over all positions, each scaled to
 # a peak of one.
 
+
 # %%
-def movement(before: Float[np.ndarray, "layers 2 L"], after: Float[np.ndarray, "layers 2 L"]
-             ) -> list[tuple[float, int, int]]:
+def movement(
+    before: Float[np.ndarray, "layers 2 L"], after: Float[np.ndarray, "layers 2 L"]
+) -> list[tuple[float, int, int]]:
     """(relative change, layer, direction) of each kernel, the largest change first.
 
-    >>> a = np.ones((2, 2, 3)); b = a.copy(); b[1, 0] = 2
+    >>> a = np.ones((2, 2, 3))
+    ... b = a.copy()
+    ... b[1, 0] = 2
     >>> movement(a, b)[0]
     (1.0, 1, 0)
     """
     change = np.linalg.norm(after - before, axis=-1) / np.linalg.norm(before, axis=-1)
-    return sorted(((float(change[i]), *i) for i in np.ndindex(change.shape)), reverse=True)
+    return sorted(
+        ((float(change[i]), *i) for i in np.ndindex(change.shape)), reverse=True
+    )
 
 
 # %% [markdown]
 # Drawn in the paper's way:
 
-# %% tags=["appendix"]
-def draw_pairs(before: Float[np.ndarray, "layers 2 L"], after: Float[np.ndarray, "layers 2 L"],
-               chosen: list[tuple[float, int, int]]):
-    """The paper's Figure 4: kernels over all positions before (grey) and after (red), each scaled to a peak of one.
 
-    >>> len(draw_pairs(boxed_kernels()["start"], boxed_kernels()["pretrained"], [(0.1, 5, 0), (0.1, 5, 1)]).axes)
+# %% tags=["appendix"]
+def draw_pairs(
+    before: Float[np.ndarray, "layers 2 L"],
+    after: Float[np.ndarray, "layers 2 L"],
+    chosen: list[tuple[float, int, int]],
+):
+    """The paper's Figure 4: kernels over all positions before (grey) and after (red),
+    each scaled to a peak of one.
+
+    >>> len(
+    ...     draw_pairs(
+    ...         boxed_kernels()["start"],
+    ...         boxed_kernels()["pretrained"],
+    ...         [(0.1, 5, 0), (0.1, 5, 1)],
+    ...     ).axes
+    ... )
     2
     """
-    drawing, axes = canvas(1, len(chosen), (3.0 * len(chosen), 2.6), sharey=True, squeeze=False)
+    drawing, axes = canvas(
+        1, len(chosen), (3.0 * len(chosen), 2.6), sharey=True, squeeze=False
+    )
     for ax, (change, layer, direction) in zip(axes[0], chosen, strict=True):
         for kernels, color in ((before, GREY), (after, RED)):
             curve = np.abs(kernels[layer, direction])
-            ax.plot(np.arange(len(curve)) * (-1, 1)[direction], curve / curve.max(), color=color, lw=1)
-        ax.set(title=f"layer {layer}, {('forward', 'backward')[direction]}: {change:.1%}", xlabel="relative position")
+            ax.plot(
+                np.arange(len(curve)) * (-1, 1)[direction],
+                curve / curve.max(),
+                color=color,
+                lw=1,
+            )
+        ax.set(
+            title=f"layer {layer}, {('forward', 'backward')[direction]}: {change:.1%}",
+            xlabel="relative position",
+        )
     return drawing
 
 
-@figure(name="finetuned",
-        alt="Three kernels over all positions, before fine-tuning in grey and after it in red.",
-        caption="Figure 4 of the paper, for the model in data/bigs-mini: the three kernels that fine-tuning on MNLI "
-                "moved most, before (grey) and after (red). Absolute values scaled to a peak of one; the title says "
-                "by how much of its norm each moved. Drawn by finetuned_figure.")
+@figure(
+    name="finetuned",
+    alt=(
+        "Three kernels over all positions, before fine-tuning in grey and after it in"
+        " red."
+    ),
+    caption=(
+        "Figure 4 of the paper, for the model in data/bigs-mini: the three kernels that"
+        " fine-tuning on MNLI moved most, before (grey) and after (red). Absolute"
+        " values scaled to a peak of one; the title says by how much of its norm each"
+        " moved. Drawn by finetuned_figure."
+    ),
+)
 def finetuned_figure():
     before, after = boxed_kernels()["pretrained"], boxed_kernels()["finetuned"]
     return draw_pairs(before, after, movement(before, after)[:3])
@@ -4312,6 +6211,7 @@ def finetuned_figure():
 @example
 def draw_finetuned():
     show(finetuned_figure)
+
 
 # %% [markdown]
 # The twin read 9,882 of MNLI's 392,702 training pairs, three times, and gets 46 % of the development set right, where
@@ -4488,17 +6388,29 @@ def draw_finetuned():
 
 # %% tags=["appendix"]
 BROKEN = 0.01  # share of broken lines that a file may have
-SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".hdf5", ".h5")  # what a folder is searched for
+SUFFIXES = (
+    ".txt",
+    ".md",
+    ".json",
+    ".jsonl",
+    ".hdf5",
+    ".h5",
+)  # what a folder is searched for
 
 
 def open_text(file: Path, newline: str | None = None):
-    """Open a text file, compressed (.gz, .xz, .zst) or not, as UTF-8; lines end as for `open`."""
+    """Open a text file, compressed (.gz, .xz, .zst) or not, as UTF-8; lines end as for
+    `open`.
+    """
     import gzip
     import io
     import lzma
 
     import pyarrow
-    zst = lambda file, *_, **options: io.TextIOWrapper(pyarrow.input_stream(str(file), "zstd"), **options)
+
+    def zst(file, *_, **options):
+        return io.TextIOWrapper(pyarrow.input_stream(str(file), "zstd"), **options)
+
     opener = {".gz": gzip.open, ".xz": lzma.open, ".zst": zst}.get(file.suffix, open)
     return opener(file, "rt", encoding="utf-8-sig", newline=newline)
 
@@ -4506,48 +6418,85 @@ def open_text(file: Path, newline: str | None = None):
 # %% [markdown]
 # Documents, one at a time:
 
+
 # %% tags=["appendix"]
 def read_documents(file: Path) -> Iterator[Document]:
-    """Documents of one text or JSON-lines file; a line that is no JSON object with "text" is named and skipped.
+    """Documents of one text or JSON-lines file; a line that is no JSON object with
+    "text" is named and skipped.
 
-    Raises UserError that names file and line where something is not text, or too many lines are broken.
+    Raises UserError that names file and line where something is not text, or too many
+    lines are broken.
 
-    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "two.txt"
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "two.txt"
     >>> _ = file.write_text("A first text,\\non two lines.\\n\\n\\nA second one.")
     >>> [document.text for document in read_documents(file)]
     ['A first text, on two lines.', 'A second one.']
     """
-    lines, number, broken = [], 0, []
+    read = read_objects if ".json" in file.name else read_paragraphs
+    number = 0
+
+    def lines(text):
+        nonlocal number
+        for number, line in enumerate(text, 1):
+            if "\0" in line:
+                raise UserError(
+                    f"{file}, line {number}: binary data, not text; give a text file"
+                )
+            yield line
+
     try:
         with open_text(file) as text:
-            for number, line in enumerate(text, 1):
-                if "\0" in line:
-                    raise UserError(f"{file}, line {number}: binary data, not text; give a text file")
-                if ".json" in file.name:
-                    if found := text_of(line):
-                        yield Document(file.name, found)
-                    elif line.strip():
-                        broken.append(number)
-                        too_many(file, broken, max(number, 100_000))  # an end to hopeless files
-                elif line.strip():
-                    lines.append(line.strip())
-                elif lines:
-                    yield Document(file.name, " ".join(lines))
-                    lines = []
+            for found in read(lines(text), file):
+                yield Document(file.name, found)
     except UnicodeDecodeError:
-        raise UserError(f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv") from None
+        raise UserError(
+            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
+        ) from None
     except (OSError, EOFError, zlib.error, lzma_error()) as error:
-        raise UserError(f"{file}, after line {number}: cannot be read ({error}); fetch it again") from None
+        raise UserError(
+            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
+        ) from None
+
+
+def read_paragraphs(lines: Iterable[str], file: Path) -> Iterator[str]:
+    """Texts that blank lines separate, each on one line.
+
+    >>> list(read_paragraphs(["A first,", "on two.", "", "A second."], Path("two.txt")))
+    ['A first, on two.', 'A second.']
+    """
+    for has_words, group in itertools.groupby(lines, lambda line: bool(line.strip())):
+        if has_words:
+            yield " ".join(line.strip() for line in group)
+
+
+def read_objects(lines: Iterable[str], file: Path) -> Iterator[str]:
+    """The texts of JSON lines; lines without one are named, skipped and counted.
+
+    >>> list(read_objects(['{"text": "one"}', "", '{"text": "two"}'], Path("two.json")))
+    ['one', 'two']
+    """
+    number = 0
+    broken = []
+    for number, line in enumerate(lines, 1):
+        found = text_of(line)
+        if found:
+            yield found
+        elif line.strip():
+            broken.append(number)
+            too_many(file, broken, max(number, 100_000))  # an end to hopeless files
     too_many(file, broken, number)
     if broken:
-        print(f"{file}: {len(broken)} of {number} lines are no JSON object with a text and were skipped, "
-              f"the first is line {broken[0]}", file=sys.stderr)
-    if lines:
-        yield Document(file.name, " ".join(lines))
+        print(
+            f"{file}: {len(broken)} of {number} lines are no JSON object with a text"
+            f" and were skipped, the first is line {broken[0]}",
+            file=sys.stderr,
+        )
 
 
 # %% [markdown]
 # What a line holds, and how many may hold nothing:
+
 
 # %% tags=["appendix"]
 def text_of(line: str) -> str | None:
@@ -4564,15 +6513,21 @@ def text_of(line: str) -> str | None:
 
 
 def too_many(file: Path, broken: list[int], lines: int) -> None:
-    """UserError, naming the first broken line, if more than BROKEN of so many lines are broken."""
+    """UserError, naming the first broken line, if more than BROKEN of so many lines are
+    broken.
+    """
     if len(broken) > BROKEN * lines:
-        raise UserError(f'{file}, line {broken[0]}: not a JSON object with a field "text", one of {len(broken)} such '
-                        f"lines; more than {BROKEN:.0%} is too many, so mend the file or leave it out")
+        raise UserError(
+            f'{file}, line {broken[0]}: not a JSON object with a field "text", one of'
+            f" {len(broken)} such lines; more than {BROKEN:.0%} is too many, so mend"
+            " the file or leave it out"
+        )
 
 
 def lzma_error() -> type[Exception]:
     """What a damaged .xz file raises; its module is only loaded here."""
     import lzma
+
     return lzma.LZMAError
 
 
@@ -4582,31 +6537,51 @@ def lzma_error() -> type[Exception]:
 # masked offline, with BERT's vocabulary.
 
 # %% tags=["appendix"]
-SHARD = {"input_ids": "tokens", "masked_lm_positions": "positions", "masked_lm_ids": "labels"}
+SHARD = {
+    "input_ids": "tokens",
+    "masked_lm_positions": "positions",
+    "masked_lm_ids": "labels",
+}
 
 
-def read_shard(file: Path, L: int, V: int, block: int = 4096) -> Iterator[dict[str, Any]]:
-    """Rows of an HDF5 shard; UserError if a field is missing or does not fit rows of L tokens of V word pieces."""
+def read_shard(
+    file: Path, L: int, V: int, block: int = 4096
+) -> Iterator[dict[str, Any]]:
+    """Rows of an HDF5 shard; UserError if a field is missing or does not fit rows of L
+    tokens of V word pieces.
+    """
     import h5py
+
     try:
         with h5py.File(file) as shard:
             for field in ("input_ids", "input_mask", *SHARD):
                 if field not in shard or len(shard[field]) != len(shard["input_ids"]):
-                    raise UserError(f"{file}: {field} is missing or shorter than input_ids; make the shard again")
+                    raise UserError(
+                        f"{file}: {field} is missing or shorter than input_ids; make"
+                        " the shard again"
+                    )
                 width = -(-20 * L // 128) if field.startswith("masked_lm") else L
                 if shard[field].shape[1] != width:
-                    raise UserError(f"{file}: {field} has {shard[field].shape[1]} columns, but rows of {L} tokens have "
-                                    f"{width}; give the shard's own --length")
+                    raise UserError(
+                        f"{file}: {field} has {shard[field].shape[1]} columns, but rows"
+                        f" of {L} tokens have {width}; give the shard's own --length"
+                    )
             for start in range(0, len(shard["input_ids"]), block):
                 part = slice(start, start + block)
                 columns = [shard[field][part].astype(np.int32) for field in SHARD]
                 for field, values, end in zip(SHARD, columns, (V, L, V), strict=True):
                     if values.min() < 0 or values.max() >= end:
-                        raise UserError(f"{file}: {field} holds {values.min()} to {values.max()}, not 0 to {end - 1}; "
-                                        "name the vocabulary it was made with, or make the shard again")
+                        raise UserError(
+                            f"{file}: {field} holds {values.min()} to {values.max()},"
+                            f" not 0 to {end - 1}; name the vocabulary it was made"
+                            " with, or make the shard again"
+                        )
                 columns.append((shard["input_mask"][part] > 0).sum(1).astype(np.int32))
                 names = (*SHARD.values(), "lengths")
-                yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+                yield from (
+                    dict(zip(names, row, strict=True))
+                    for row in zip(*columns, strict=True)
+                )
     except OSError as error:
         raise UserError(f"{file}: no HDF5 file that can be read ({error})") from None
 
@@ -4618,9 +6593,13 @@ def read_shard(file: Path, L: int, V: int, block: int = 4096) -> Iterator[dict[s
 # can be resumed on another machine for that.) A shard of the hub is known by its name and number only. Rows take four
 # bytes a token, 4 GB a billion; they lie in the cache of `datasets`.
 
+
 # %% tags=["appendix"]
 class Part(NamedTuple):
-    """A part of a corpus: its name, what changes when it changes, its size, and how to read it."""
+    """A part of a corpus: its name, what changes when it changes, its size, and how to
+    read it.
+    """
+
     name: str
     identity: str
     megabytes: float
@@ -4629,35 +6608,57 @@ class Part(NamedTuple):
 
 
 def parts_of(source: str) -> list[Part]:
-    """The parts of a file, a folder, or a data set of the hub, "owner/name" or "owner/name:configuration".
+    """The parts of a file, a folder, or a data set of the hub, "owner/name" or
+    "owner/name:configuration".
 
-    >>> parts_of("no/such/file.txt")
+    >>> parts_of("no/such/file.txt")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: corpus: no/such/file.txt does not exist; give a text file, a folder, or a name on the hub
+    annotated_bigs.UserError: corpus: no/such/file.txt does not exist; give ...
     """
     path = Path(source)
     if not path.exists():
-        if source.count("/") != 1 or path.with_suffix("").suffix or path.suffix in SUFFIXES:
-            raise UserError(f"corpus: {source} does not exist; give a text file, a folder, or a name on the hub")
+        if (
+            source.count("/") != 1
+            or path.with_suffix("").suffix
+            or path.suffix in SUFFIXES
+        ):
+            raise UserError(
+                f"corpus: {source} does not exist; give a text file, a folder, or a"
+                " name on the hub"
+            )
         return streamed_parts(source)
     files = [path]
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and set(f.suffixes[-2:]) & set(SUFFIXES))
+        files = sorted(
+            f
+            for f in path.rglob("*")
+            if f.is_file() and set(f.suffixes[-2:]) & set(SUFFIXES)
+        )
         if not files:
-            raise UserError(f"corpus: {source} holds no file that ends in {', '.join(SUFFIXES)}, compressed or not")
+            raise UserError(
+                f"corpus: {source} holds no file that ends in {', '.join(SUFFIXES)},"
+                " compressed or not"
+            )
 
     def part(file):
         is_shard = file.suffix in (".hdf5", ".h5")
         with open(file, "rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         identity = " ".join([content, *(s for s in file.suffixes if s in SUFFIXES)])
-        return Part(str(file), identity, file.stat().st_size / 1e6,
-                    functools.partial(read_shard if is_shard else read_documents, file), is_shard)
+        return Part(
+            str(file),
+            identity,
+            file.stat().st_size / 1e6,
+            functools.partial(read_shard if is_shard else read_documents, file),
+            is_shard,
+        )
+
     return [part(file) for file in files]
 
 
 # %% [markdown]
 # On the hub, a shard is a part:
+
 
 # %% tags=["appendix"]
 def streamed_parts(name: str) -> list[Part]:
@@ -4668,26 +6669,45 @@ def streamed_parts(name: str) -> list[Part]:
     annotated_bigs.UserError: corpus: no/such is neither a file here nor ...
     """
     import datasets
+
     owner, _, configuration = name.partition(":")
     try:
-        rows = datasets.load_dataset(owner, configuration or None, split="train", streaming=True)
+        rows = datasets.load_dataset(
+            owner, configuration or None, split="train", streaming=True
+        )
     except Exception as error:
-        raise UserError(f"corpus: {name} is neither a file here nor a data set that can be reached "
-                        f"({type(error).__name__}); give the path of a text file or folder") from None
+        raise UserError(
+            f"corpus: {name} is neither a file here nor a data set that can be reached "
+            f"({type(error).__name__}); give the path of a text file or folder"
+        ) from None
 
     def read(number):
         try:
             for row in rows.shard(rows.num_shards, number):
                 if not isinstance(row.get("text"), str):
-                    raise UserError(f'corpus: the rows of {name} have no field "text", but {", ".join(row)}')
+                    raise UserError(
+                        f'corpus: the rows of {name} have no field "text", but'
+                        f" {', '.join(row)}"
+                    )
                 yield Document(f"{name}/{number}", row["text"])
         except UserError:
             raise
         except Exception as error:  # whatever the network does
-            raise UserError(f"corpus: {name}, shard {number}: reading broke off ({type(error).__name__}: "
-                            f"{' '.join(str(error).split())}); start again, finished shards are kept") from None
-    return [Part(f"{name}, shard {number}", f"{name} {number} of {rows.num_shards}", 0.0,
-                 functools.partial(read, number)) for number in range(rows.num_shards)]
+            raise UserError(
+                f"corpus: {name}, shard {number}: reading broke off"
+                f" ({type(error).__name__}: {' '.join(str(error).split())}); start"
+                " again, finished shards are kept"
+            ) from None
+
+    return [
+        Part(
+            f"{name}, shard {number}",
+            f"{name} {number} of {rows.num_shards}",
+            0.0,
+            functools.partial(read, number),
+        )
+        for number in range(rows.num_shards)
+    ]
 
 
 # %% [markdown]
@@ -4695,6 +6715,7 @@ def streamed_parts(name: str) -> list[Part]:
 # the part, the tokenizer and the row length. An interrupted preparation goes on with the first part that is not
 # finished, and a second run with the same text begins at once. One document in sixty-four, by a checksum of its text,
 # is held out, so a text that occurs twice is never on both sides. These rows come last in their part.
+
 
 # %% tags=["appendix"]
 def held_out(text: str) -> bool:
@@ -4716,6 +6737,7 @@ def rows_of(part: Part, tokenizer, L: int, split: bool) -> Iterator[dict[str, An
                 later.append(document.text)
             else:
                 yield document.text
+
     for texts, heldout in ((train(), False), (iter(later), True)):
         for block in packed(texts, tokenizer, L):
             yield from ({"tokens": row, "heldout": heldout} for row in block)
@@ -4724,7 +6746,10 @@ def rows_of(part: Part, tokenizer, L: int, split: bool) -> Iterator[dict[str, An
 def fingerprint(*what: Any) -> str:
     """A name for whatever prints the same.
 
-    >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("a", 1) == fingerprint("a", 2)
+    >>> (
+    ...     fingerprint("a", 1) == fingerprint("a", 1),
+    ...     fingerprint("a", 1) == fingerprint("a", 2),
+    ... )
     (True, False)
     """
     return hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()[:16]
@@ -4733,26 +6758,50 @@ def fingerprint(*what: Any) -> str:
 # %% [markdown]
 # The cache holds Arrow tables, which the system maps into memory: a row is read from disk when a batch asks for it.
 
+
 # %% tags=["appendix"]
 def prepared(part: Part, tokenizer, L: int, split: bool):
-    """The rows of a part as a `datasets.Dataset`, from the cache if they are there, and their fingerprint."""
+    """The rows of a part as a `datasets.Dataset`, from the cache if they are there, and
+    their fingerprint.
+    """
     import datasets
-    ids = lambda n: datasets.features.Sequence(datasets.Value("int32"), length=n)
+
+    def ids(n):
+        return datasets.features.Sequence(datasets.Value("int32"), length=n)
+
     columns = {"tokens": ids(L), "heldout": datasets.Value("bool")}
     if part.is_shard:
-        columns = {"tokens": ids(L), "positions": ids(-(-20 * L // 128)), "labels": ids(-(-20 * L // 128)),
-                   "lengths": datasets.Value("int32")}
-    kind = ("shard", len(tokenizer)) if part.is_shard else (tokenizer.backend_tokenizer.to_str(), split)
-    make = functools.partial(part.read, L, len(tokenizer)) if part.is_shard else functools.partial(
-        rows_of, part, tokenizer, L, split)
+        columns = {
+            "tokens": ids(L),
+            "positions": ids(-(-20 * L // 128)),
+            "labels": ids(-(-20 * L // 128)),
+            "lengths": datasets.Value("int32"),
+        }
+    kind = (
+        ("shard", len(tokenizer))
+        if part.is_shard
+        else (tokenizer.backend_tokenizer.to_str(), split)
+    )
+    make = (
+        functools.partial(part.read, L, len(tokenizer))
+        if part.is_shard
+        else functools.partial(rows_of, part, tokenizer, L, split)
+    )
     key = fingerprint("rows 1", part.identity, kind, L)
     try:
-        return datasets.Dataset.from_generator(make, features=datasets.Features(columns), fingerprint=key), key
+        return (
+            datasets.Dataset.from_generator(
+                make, features=datasets.Features(columns), fingerprint=key
+            ),
+            key,
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(cause := error.__cause__, UserError):
             raise cause from None
-        raise UserError(f"{part.name}: its rows of {L} tokens could not be prepared ({type(cause).__name__}: "
-                        f"{' '.join(str(cause).split())})") from None
+        raise UserError(
+            f"{part.name}: its rows of {L} tokens could not be prepared"
+            f" ({type(cause).__name__}: {' '.join(str(cause).split())})"
+        ) from None
     except ValueError:  # what `datasets` says of a table without rows
         empty = {name: [] for name in columns}
         return datasets.Dataset.from_dict(empty, datasets.Features(columns)), key
@@ -4761,69 +6810,130 @@ def prepared(part: Part, tokenizer, L: int, split: bool):
 # %% [markdown]
 # The parts together:
 
+
 # %% tags=["appendix"]
-def prepare(sources: Iterable[str], tokenizer, L: int, heldout: Iterable[str] = (),
-            parts: int | None = None) -> Dataset:
-    """Rows of L tokens of some corpora (of their first parts), and held-out batches of others or of their own.
+def prepare(
+    sources: Iterable[str],
+    tokenizer,
+    L: int,
+    heldout: Iterable[str] = (),
+    parts: int | None = None,
+) -> Dataset:
+    """Rows of L tokens of some corpora (of their first parts), and held-out batches of
+    others or of their own.
 
     Raises UserError if nothing was held out, or if HDF5 shards are mixed with texts.
     """
     import datasets
     from tqdm import tqdm
-    own, other = ([part for source in group for part in parts_of(source)[:parts]] for group in (sources, heldout))
+
+    own, other = (
+        [part for source in group for part in parts_of(source)[:parts]]
+        for group in (sources, heldout)
+    )
     if len({part.is_shard for part in own + other}) > 1:
         raise UserError("corpus: HDF5 shards and texts cannot be mixed; give one kind")
-    bar = tqdm(own + other, desc="preparing text", unit="part", disable=len(own + other) < 2)
-    tables, keys = zip(*(prepared(part, tokenizer, L, not other) for part in bar), strict=True)
+    bar = tqdm(
+        own + other, desc="preparing text", unit="part", disable=len(own + other) < 2
+    )
+    tables, keys = zip(
+        *(prepared(part, tokenizer, L, not other) for part in bar), strict=True
+    )
     if other:
-        train, held = tables[:len(own)], tables[len(own):]
+        train, held = tables[: len(own)], tables[len(own) :]
     else:
         cuts = [len(table) - held_rows(table) for table in tables]
-        train = [table.select(range(cut)) for table, cut in zip(tables, cuts, strict=True) if cut]
-        held = [table.select(range(cut, size)) for table, cut in zip(tables, cuts, strict=True)
-                if cut < (size := len(table))]
+        train = [
+            table.select(range(cut))
+            for table, cut in zip(tables, cuts, strict=True)
+            if cut
+        ]
+        held = [
+            table.select(range(cut, size))
+            for table, cut in zip(tables, cuts, strict=True)
+            if cut < (size := len(table))
+        ]
     found = [sum(map(len, side)) for side in (train, held)]
     if 0 in found:
-        raise UserError(f"corpus: {', '.join(sources)} gave {found[0]} rows of {L} tokens to train on and {found[1]} "
-                        "held out; give more text, or held-out text of its own with --heldout")
+        raise UserError(
+            f"corpus: {', '.join(sources)} gave {found[0]} rows of {L} tokens to train"
+            f" on and {found[1]} held out; give more text, or held-out text of its own"
+            " with --heldout"
+        )
 
     def rows(tables):
-        table = datasets.concatenate_datasets([table for table in tables if len(table)]).with_format("numpy")
-        column = lambda name: table.select_columns(name)[name]
-        masked = tuple(map(column, ("positions", "labels", "lengths"))) if own[0].is_shard else None
+        table = datasets.concatenate_datasets(
+            [table for table in tables if len(table)]
+        ).with_format("numpy")
+
+        def column(name):
+            return table.select_columns(name)[name]
+
+        masked = (
+            tuple(map(column, ("positions", "labels", "lengths")))
+            if own[0].is_shard
+            else None
+        )
         return rows_for(tokenizer, column("tokens"), masked)
+
     batches = fixed_batches(rows(held), 512, max(8, min(64, 8192 // L)))
-    return Dataset(tokenizer, rows(train), batches, ", ".join(sources), fingerprint(*keys))
+    return Dataset(
+        tokenizer, rows(train), batches, ", ".join(sources), fingerprint(*keys)
+    )
 
 
 def held_rows(table) -> int:
-    """Rows at the end of a part that are held out: those marked, or one in sixty-four of a shard."""
+    """Rows at the end of a part that are held out: those marked, or one in sixty-four
+    of a shard.
+    """
     marked = "heldout" in table.column_names
-    return int(np.sum(table.with_format("numpy")["heldout"][:])) if marked else -(-len(table) // 64)
+    return (
+        int(np.sum(table.with_format("numpy")["heldout"][:]))
+        if marked
+        else -(-len(table) // 64)
+    )
 
 
 # %% [markdown]
 # A vocabulary of one's own is trained on the beginning of every part, 50 megabytes in all, and kept beside the cache.
 # Any other comes from a file like BERT's, with a piece on each line, from a folder, or from the hub.
 
+
 # %% tags=["appendix"]
-def trained_vocabulary(sources: Iterable[str], size: int, megabytes: float = 50.0, parts: int | None = None):
+def trained_vocabulary(
+    sources: Iterable[str], size: int, megabytes: float = 50.0, parts: int | None = None
+):
     """A tokenizer of `size` pieces for some corpora, trained once."""
     import shutil
 
     import datasets
     from transformers import PreTrainedTokenizerFast
+
     own = [part for source in sources for part in parts_of(source)[:parts]]
     if any(part.is_shard for part in own):
-        raise UserError("vocabulary: HDF5 shards hold numbers of a vocabulary; name it with --vocabulary")
-    name = fingerprint("vocabulary 1", size, megabytes, *(part.identity for part in own))
+        raise UserError(
+            "vocabulary: HDF5 shards hold numbers of a vocabulary; name it with"
+            " --vocabulary"
+        )
+    name = fingerprint(
+        "vocabulary 1", size, megabytes, *(part.identity for part in own)
+    )
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "annotated_bigs" / name
     if not folder.exists():
-        texts = [text for part in own for text in taken((d.text for d in part.read() if not held_out(d.text)),
-                                                        megabytes * 1e6 / len(own))]
+        texts = [
+            text
+            for part in own
+            for text in taken(
+                (d.text for d in part.read() if not held_out(d.text)),
+                megabytes * 1e6 / len(own),
+            )
+        ]
         if not texts:
-            raise UserError(f"corpus: {', '.join(sources)} holds no document; text files separate them by blank "
-                            'lines, JSON-lines files hold one object with a field "text" a line')
+            raise UserError(
+                f"corpus: {', '.join(sources)} holds no document; text files separate"
+                " them by blank lines, JSON-lines files hold one object with a field"
+                ' "text" a line'
+            )
         half = folder.with_name(f"{name}.{os.getpid()}")
         train_tokenizer(texts, size).save_pretrained(half)
         try:
@@ -4836,33 +6946,45 @@ def trained_vocabulary(sources: Iterable[str], size: int, megabytes: float = 50.
 # %% [markdown]
 # A vocabulary by name:
 
+
 # %% tags=["appendix"]
 def load_vocabulary(name: str):
     """A tokenizer from a file with one piece a line, a folder, or the hub.
 
     >>> load_vocabulary("README.md")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: vocabulary: README.md lacks [PAD], [UNK], [CLS], [SEP], [MASK]; give a file ...
+    annotated_bigs.UserError: vocabulary: README.md lacks [PAD], [UNK], ...
     """
     path = Path(name)
     if path.is_dir():
         return load_tokenizer(name)
     if not path.exists():
         from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError):
-            raise UserError(f"vocabulary: {name} is neither a file nor a folder here, nor can it be fetched from the "
-                            "hub; give a file like BERT's vocab.txt") from None
+            raise UserError(
+                f"vocabulary: {name} is neither a file nor a folder here, nor can it be"
+                " fetched from the hub; give a file like BERT's vocab.txt"
+            ) from None
     pieces = path.read_text("utf-8").removesuffix("\n").split("\n")
-    if lacking := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in pieces]:
-        raise UserError(f"vocabulary: {name} lacks {', '.join(lacking)}; give a file like BERT's vocab.txt")
+    if lacking := [
+        token
+        for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        if token not in pieces
+    ]:
+        raise UserError(
+            f"vocabulary: {name} lacks {', '.join(lacking)}; give a file like BERT's"
+            " vocab.txt"
+        )
     return wordpiece({piece: number for number, piece in enumerate(pieces)})
 
 
 # %% [markdown]
 # **End to end.** `mini` on English Wikipedia, Simple English Wikipedia and books, twice: with a vocabulary of 8192
 # pieces that was trained on them, and with BERT's of 30,522 (`data/pretraining.json`).
+
 
 # %% tags=["appendix"]
 @functools.cache
@@ -4875,11 +6997,21 @@ def pretrained() -> dict[str, Any]:
 @example
 def show_pretraining():
     for run in pretrained().values():
-        recipe, heldout = run["recipe"], [record["heldout"] for record in run["history"] if "heldout" in record]
-        speeds = [record["tokens_per_second"] for record in run["history"] if "loss" in record]
-        print(f"{run['vocabulary']:6,d} pieces: {run['rows'] * recipe['length'] / 1e6:5.1f} million tokens of text, "
-              f"{run['parameters'] / 1e6:4.1f} million parameters, {np.median(speeds):6,.0f} tokens/s; held-out loss "
-              + " -> ".join(f"{loss:.2f}" for loss in heldout))
+        recipe, heldout = (
+            run["recipe"],
+            [record["heldout"] for record in run["history"] if "heldout" in record],
+        )
+        speeds = [
+            record["tokens_per_second"] for record in run["history"] if "loss" in record
+        ]
+        print(
+            f"{run['vocabulary']:6,d} pieces:"
+            f" {run['rows'] * recipe['length'] / 1e6:5.1f} million tokens of text,"
+            f" {run['parameters'] / 1e6:4.1f} million parameters,"
+            f" {np.median(speeds):6,.0f} tokens/s; held-out loss "
+            + " -> ".join(f"{loss:.2f}" for loss in heldout)
+        )
+
 
 # %% [markdown]
 # A larger vocabulary needs fewer tokens for the same text, and more work for each. The losses cannot be compared with
@@ -4896,35 +7028,53 @@ def show_pretraining():
 # say how many; everywhere else a line that does not fit is an error, for half a line may hide half a file.
 
 # %% tags=["appendix"]
-COLA = ("source", "label", "mark", "sentence")  # CoLA's files for training and development have no header
+COLA = (
+    "source",
+    "label",
+    "mark",
+    "sentence",
+)  # CoLA's files for training and development have no header
 RAGGED = ("QQP",)
 
 # %% [markdown]
 # A table is read as a whole before any of it is used.
 
+
 # %% tags=["appendix"]
-def read_tsv(file: Path, wanted: tuple[str, ...], header: tuple[str, ...] = (), rows: int = 0
-             ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Line number and wanted columns of each row; the header is the file's first line unless it is given.
+def check_header(file: Path, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """UserError unless each wanted column stands in the header once."""
+    for name in wanted:
+        if names.count(name) != 1:
+            raise UserError(
+                f"{file}, line 1: {names.count(name)} columns {name!r}, but the header"
+                " of this file should have one; restore the header, or fetch the file"
+                " again"
+            )
 
-    Raises UserError that names the line for a row of another width, a header that is missing or repeated, and an end in
-    the middle of a line; official files of so many rows may lack the last line feed.
 
-    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "dev.tsv"
+def read_tsv(
+    file: Path, wanted: tuple[str, ...], header: tuple[str, ...] = (), rows: int = 0
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line number and wanted columns of each row; the header is the file's first line
+    unless it is given.
+
+    Raises UserError that names the line for a row of another width, a header that is
+    missing or repeated, and an end in the middle of a line; official files of so many
+    rows may lack the last line feed.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "dev.tsv"
     >>> _ = file.write_text('index\\tsentence\\n0\\tA "first" one\\n1\\n')
     >>> list(read_tsv(file, ("sentence",)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: .../dev.tsv, line 3: 1 columns instead of 2; restore the line, or fetch the file again
+    annotated_bigs.UserError: .../dev.tsv, line 3: 1 columns instead of 2; ...
     """
     names, number, line, short, found = header, 0, "\n", 0, []
     for number, line in enumerate(text_lines(file), 1):
         cells = tuple(line.rstrip("\r\n").split("\t"))
         if not names:
             names = cells
-            for name in wanted:
-                if names.count(name) != 1:
-                    raise UserError(f"{file}, line 1: {names.count(name)} columns {name!r}, but the header of this "
-                                    "file should have one; restore the header, or fetch the file again")
+            check_header(file, names, wanted)
         elif cells == names:
             raise UserError(f"{file}, line {number}: the header again; delete the line")
         elif len(cells) == len(names):
@@ -4932,25 +7082,36 @@ def read_tsv(file: Path, wanted: tuple[str, ...], header: tuple[str, ...] = (), 
         elif file.parent.name in RAGGED:
             short += 1
         else:
-            raise UserError(f"{file}, line {number}: {len(cells)} columns instead of {len(names)}; restore the line, "
-                            "or fetch the file again")
+            raise UserError(
+                f"{file}, line {number}: {len(cells)} columns instead of {len(names)};"
+                " restore the line, or fetch the file again"
+            )
     if not found:
         raise UserError(f"{file}: there is no row in it; fetch the file again")
     if not line.endswith("\n") and len(found) != rows:
-        raise UserError(f"{file}, line {number}: the file ends within this line; fetch it again, or end the line with "
-                        "a line feed if it is whole")
+        raise UserError(
+            f"{file}, line {number}: the file ends within this line; fetch it again, or"
+            " end the line with a line feed if it is whole"
+        )
     if short or rows not in (0, len(found)):
-        print(f"{file}: {len(found)} rows" + (f", the official file has {rows}" if rows else "") +
-              (f"; {short} broken lines were skipped" if short else ""), file=sys.stderr)
+        print(
+            f"{file}: {len(found)} rows"
+            + (f", the official file has {rows}" if rows else "")
+            + (f"; {short} broken lines were skipped" if short else ""),
+            file=sys.stderr,
+        )
     yield from found
 
 
 # %% [markdown]
 # Lines, from files that may be damaged:
 
+
 # %% tags=["appendix"]
 def text_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, compressed or not; UserError says after which line it cannot be read."""
+    """The lines of a text file, compressed or not; UserError says after which line it
+    cannot be read.
+    """
     number = 0
     try:
         with open_text(file, newline="\n") as text:
@@ -4958,23 +7119,30 @@ def text_lines(file: Path) -> Iterator[str]:
                 number += 1
                 yield line
     except UnicodeDecodeError:
-        raise UserError(f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv") from None
+        raise UserError(
+            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
+        ) from None
     except (OSError, EOFError, zlib.error, lzma_error()) as error:
-        raise UserError(f"{file}, after line {number}: cannot be read ({error}); fetch it again") from None
+        raise UserError(
+            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
+        ) from None
 
 
 # %% [markdown]
 # A label is a word of the task's list, or a number between 0 and 5.
 
+
 # %% tags=["appendix"]
 class Texts(NamedTuple):
     """A split of a task: texts or pairs, and their labels; None in a test set."""
+
     texts: list[tuple[str, ...]]
     labels: np.ndarray | None
 
 
 def label_of(task: Task, word: str) -> int | float:
-    """The number of a label, or a score between 0 and 5; ValueError says what it should be.
+    """The number of a label, or a score between 0 and 5; ValueError says what it should
+    be.
 
     >>> label_of(GLUE["mnli"], "neutral"), label_of(GLUE["stsb"], "3.8")
     (1, 3.8)
@@ -4990,20 +7158,26 @@ def label_of(task: Task, word: str) -> int | float:
 
 
 def official_split(name: str, split: str, data: Path) -> Texts | None:
-    """A split of a task from its official file, plain or compressed, or None if there is no such file."""
+    """A split of a task from its official file, plain or compressed, or None if there
+    is no such file.
+    """
     task, tested = GLUE[name], split.startswith(("test", "diagnostic"))
-    pattern = "*/diagnostic.tsv*" if split == "diagnostic" else f"{task.folder}/{split}*.tsv*"
+    pattern = (
+        "*/diagnostic.tsv*" if split == "diagnostic" else f"{task.folder}/{split}*.tsv*"
+    )
     if not (files := sorted(data.glob(pattern))):
         return None
     header = COLA if name == "cola" and not tested else ()
     texts, labels = [], []
     wanted = task.texts + (() if tested else (task.label,))
     for number, row in read_tsv(files[0], wanted, header, task.rows.get(split, 0)):
-        texts.append(row[:len(task.texts)])
+        texts.append(row[: len(task.texts)])
         try:
             labels.append(None if tested else label_of(task, row[-1]))
         except ValueError as error:
-            raise UserError(f"{files[0]}, line {number}: {task.label} {error}; restore the line") from None
+            raise UserError(
+                f"{files[0]}, line {number}: {task.label} {error}; restore the line"
+            ) from None
     return Texts(texts, None if tested else np.array(labels))
 
 
@@ -5012,44 +7186,74 @@ def official_split(name: str, split: str, data: Path) -> Texts | None:
 
 # %% tags=["appendix"]
 HUB = "nyu-mll/glue"
-HUB_TEXTS = {"mnli": ("premise", "hypothesis"), "mrpc": PAIR, "ax": ("premise", "hypothesis")}
+HUB_TEXTS = {
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": PAIR,
+    "ax": ("premise", "hypothesis"),
+}
 
 
 def hub_split(name: str, split: str) -> Texts | None:
     """A split of a task from the hub, through `datasets`."""
     import datasets
-    which, columns = ("ax", "test") if split == "diagnostic" else (name, split.replace("dev", "validation"))
+
+    which, columns = (
+        ("ax", "test")
+        if split == "diagnostic"
+        else (name, split.replace("dev", "validation"))
+    )
     try:
         table = datasets.load_dataset(HUB, which, split=columns)
     except Exception as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():
             return None
-        raise UserError(f"data: {HUB} cannot be had ({type(error).__name__}); pass the folder of GLUE's official "
-                        "files with --data, or take --task pairs, which are made of installed documentation") from None
-    texts = zip(*(table[column] for column in HUB_TEXTS.get(which, GLUE[name].texts)), strict=True)
+        raise UserError(
+            f"data: {HUB} cannot be had ({type(error).__name__}); pass the folder of"
+            " GLUE's official files with --data, or take --task pairs, which are made"
+            " of installed documentation"
+        ) from None
+    texts = zip(
+        *(table[column] for column in HUB_TEXTS.get(which, GLUE[name].texts)),
+        strict=True,
+    )
     return Texts(list(texts), None if "test" in columns else np.array(table["label"]))
 
 
 @functools.cache
 def task_texts(name: str, data: Path | None) -> dict[str, Texts]:
-    """All splits of a task that are there, from a folder or the hub; or the embedded pairs."""
+    """All splits of a task that are there, from a folder or the hub; or the embedded
+    pairs.
+    """
     if name == "pairs":
         pairs = dict(zip(("train", "dev"), pair_task(), strict=True))
-        return {split: Texts([p[:2] for p in own], np.array([p.label for p in own])) for split, own in pairs.items()}
+        return {
+            split: Texts([p[:2] for p in own], np.array([p.label for p in own]))
+            for split, own in pairs.items()
+        }
     if data is not None and not data.is_dir():
-        raise UserError(f"data: {data} is no folder; pass the one that holds CoLA, SST-2 and the others")
+        raise UserError(
+            f"data: {data} is no folder; pass the one that holds CoLA, SST-2 and the"
+            " others"
+        )
     splits = {"train": 0, "dev": 0, "test": 0} | GLUE[name].rows
-    splits = [split for split in splits if name != "mnli" or split not in ("dev", "test")]
-    found = {split: official_split(name, split, data) if data else hub_split(name, split) for split in splits}
+    splits = [
+        split for split in splits if name != "mnli" or split not in ("dev", "test")
+    ]
+    found = {
+        split: official_split(name, split, data) if data else hub_split(name, split)
+        for split in splits
+    }
     return {split: texts for split, texts in found.items() if texts is not None}
 
 
 # %% [markdown]
 # To be beaten: a guess at random, and the commonest answer.
 
+
 # %% tags=["appendix"]
 def no_skill(task: Task, train: Texts, dev: Texts) -> dict[str, float]:
-    """The score of a uniform guess, on average of 100, and of the commonest label or the mean of the training set.
+    """The score of a uniform guess, on average of 100, and of the commonest label or
+    the mean of the training set.
 
     >>> train, dev = Texts([], np.array([1, 1, 0])), Texts([], np.array([1, 0, 1, 1]))
     >>> no_skill(GLUE["sst2"], train, dev)["majority"]
@@ -5057,10 +7261,19 @@ def no_skill(task: Task, train: Texts, dev: Texts) -> dict[str, float]:
     """
     rng, n, k = np.random.default_rng(0), len(dev.labels), max(1, len(task.labels))
     guesses = [rng.random((n, k), np.float32) for _ in range(100)]
-    usual = np.bincount(train.labels, minlength=k) if task.labels else np.array([train.labels.mean()])
-    score = lambda outputs: task_scores(task, outputs, dev.labels)[task.metrics[0]]
-    return {"chance": float(np.mean([score(guess) for guess in guesses])),
-            "majority": score(np.tile(usual.astype(np.float32), (n, 1)))}
+    usual = (
+        np.bincount(train.labels, minlength=k)
+        if task.labels
+        else np.array([train.labels.mean()])
+    )
+
+    def score(outputs):
+        return task_scores(task, outputs, dev.labels)[task.metrics[0]]
+
+    return {
+        "chance": float(np.mean([score(guess) for guess in guesses])),
+        "majority": score(np.tile(usual.astype(np.float32), (n, 1))),
+    }
 
 
 # %% [markdown]
@@ -5068,32 +7281,68 @@ def no_skill(task: Task, train: Texts, dev: Texts) -> dict[str, float]:
 # was killed goes on with the next.
 
 # %% tags=["appendix"]
-GLUE_VARIANTS = {"pretrained": {}, "not pretrained": {}, "padded": {"cut": False},
-                 "frozen kernels": {"freeze_kernels": True}}
+GLUE_VARIANTS = {
+    "pretrained": {},
+    "not pretrained": {},
+    "padded": {"cut": False},
+    "frozen kernels": {"freeze_kernels": True},
+}
 
 
-def tune(name: str, splits: dict[str, Texts], start: BiGS, tokenizer, tuning: Tuning, variant: str, seed: int
-         ) -> tuple[dict[str, Any], BiGS]:
-    """Fine-tune on a task: a record of the run, and the model that scored best on the development set."""
+def tune(
+    name: str,
+    splits: dict[str, Texts],
+    start: BiGS,
+    tokenizer,
+    tuning: Tuning,
+    variant: str,
+    seed: int,
+) -> tuple[dict[str, Any], BiGS]:
+    """Fine-tune on a task: a record of the run, and the model that scored best on the
+    development set.
+    """
     task, most = GLUE[name], start.config.max_position_embeddings
-    encoded = {split: encode(texts.texts, texts.labels, tokenizer, most)
-               for split, texts in splits.items() if texts.labels is not None}
+    encoded = {
+        split: encode(texts.texts, texts.labels, tokenizer, most)
+        for split, texts in splits.items()
+        if texts.labels is not None
+    }
     tests = {split: examples for split, examples in encoded.items() if split != "train"}
     first, train = next(iter(tests.values())), encoded["train"]
     if variant == "not pretrained":
         start = BiGS(start.config, seed=seed)
-    tuning, model = replace(tuning, **GLUE_VARIANTS[variant]), classifier_on(
-        start, Examples(*(a[:64] for a in train)), seed, max(1, len(task.labels)))
-    score = lambda model: task_scores(task, predict(model, first), first.labels)[task.metrics[0]]
+    tuning, model = (
+        replace(tuning, **GLUE_VARIANTS[variant]),
+        classifier_on(
+            start, Examples(*(a[:64] for a in train)), seed, max(1, len(task.labels))
+        ),
+    )
+
+    def score(model):
+        return task_scores(task, predict(model, first), first.labels)[task.metrics[0]]
+
     began = time.perf_counter()
     tuned = finetune(model, train, tuning, seed, score)
     seconds = time.perf_counter() - began
     both = {"best": tuned.best, "last": tuned.last}
-    scores = {kind: {split: task_scores(task, predict(model, examples), examples.labels)
-                     for split, examples in tests.items()} for kind, model in both.items()}
-    return {"task": name, "variant": variant, "seed": seed, "tuning": asdict(tuning), "seconds": round(seconds, 1),
-            "examples": {split: len(texts.texts) for split, texts in splits.items()},
-            "evaluations": tuned.scores, **scores, "measured": circumstances()}, tuned.best
+    scores = {
+        kind: {
+            split: task_scores(task, predict(model, examples), examples.labels)
+            for split, examples in tests.items()
+        }
+        for kind, model in both.items()
+    }
+    return {
+        "task": name,
+        "variant": variant,
+        "seed": seed,
+        "tuning": asdict(tuning),
+        "seconds": round(seconds, 1),
+        "examples": {split: len(texts.texts) for split, texts in splits.items()},
+        "evaluations": tuned.scores,
+        **scores,
+        "measured": circumstances(),
+    }, tuned.best
 
 
 # %% [markdown]
@@ -5104,28 +7353,55 @@ def tune(name: str, splits: dict[str, Texts], start: BiGS, tokenizer, tuning: Tu
 ANSWERS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
 
 
-def write_answers(name: str, splits: dict[str, Texts], model: BiGS, tokenizer, folder: Path) -> None:
+def write_answers(
+    name: str, splits: dict[str, Texts], model: BiGS, tokenizer, folder: Path
+) -> None:
     """One file for each test set: the number of a row, a tab, and its label or score."""
     task = GLUE[name]
     folder.mkdir(parents=True, exist_ok=True)
     for split, (texts, labels) in splits.items():
         if labels is None:
-            examples = encode(texts, np.zeros(len(texts), np.int32), tokenizer, model.config.max_position_embeddings)
+            examples = encode(
+                texts,
+                np.zeros(len(texts), np.int32),
+                tokenizer,
+                model.config.max_position_embeddings,
+            )
             outputs = predict(model, examples)
-            words = [task.labels[i] for i in outputs.argmax(1)] if task.labels else [
-                f"{score:.3f}" for score in outputs[:, 0].clip(0, 5)]
+            words = (
+                [task.labels[i] for i in outputs.argmax(1)]
+                if task.labels
+                else [f"{score:.3f}" for score in outputs[:, 0].clip(0, 5)]
+            )
             file = folder / f"{ANSWERS.get(split, task.folder)}.tsv"
             part = file.with_suffix(".part")
-            part.write_text("index\tprediction\n" + "".join(f"{i}\t{word}\n" for i, word in enumerate(words)))
+            part.write_text(
+                "index\tprediction\n"
+                + "".join(f"{i}\t{word}\n" for i, word in enumerate(words))
+            )
             part.replace(file)
 
 
-def run_task(name: str, splits: dict[str, Texts], start: BiGS, tokenizer, tuning: Tuning,
-             variants: tuple[str, ...], seeds: int, output: Path, keep: bool = True) -> list[dict[str, Any]]:
+def run_task(
+    name: str,
+    splits: dict[str, Texts],
+    start: BiGS,
+    tokenizer,
+    tuning: Tuning,
+    variants: tuple[str, ...],
+    seeds: int,
+    output: Path,
+    keep: bool = True,
+) -> list[dict[str, Any]]:
     """All runs of a task that are not done yet; the records of all of them."""
     first, records = variants[0].replace(" ", "-"), []
-    best = max((max(json.loads(file.read_text())["evaluations"]) for file in output.glob(f"{first}-*.json")),
-               default=-np.inf)
+    best = max(
+        (
+            max(json.loads(file.read_text())["evaluations"])
+            for file in output.glob(f"{first}-*.json")
+        ),
+        default=-np.inf,
+    )
     for seed, variant in itertools.product(range(seeds), variants):
         file = output / f"{variant.replace(' ', '-')}-{seed}.json"
         if not file.exists():
@@ -5146,33 +7422,71 @@ def run_task(name: str, splits: dict[str, Texts], start: BiGS, tokenizer, tuning
 # A grid is searched with one seed; what scores best is then run with all. That choice is made on the development set,
 # too, and flatters it a little more.
 
+
 # %% tags=["appendix"]
-def searched(name: str, splits: dict[str, Texts], start: BiGS, tokenizer, tunings: list[Tuning],
-             variants: tuple[str, ...], output: Path) -> Tuning:
+def searched(
+    name: str,
+    splits: dict[str, Texts],
+    start: BiGS,
+    tokenizer,
+    tunings: list[Tuning],
+    variants: tuple[str, ...],
+    output: Path,
+) -> Tuning:
     """The best of several settings on the development set, by one run each."""
     if len(tunings) == 1:
         return tunings[0]
     found = []
     for tuning in tunings:
-        folder = output / "search" / "-".join(f"{value:g}" for value in asdict(tuning).values())
+        folder = (
+            output
+            / "search"
+            / "-".join(f"{value:g}" for value in asdict(tuning).values())
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        record, = run_task(name, splits, start, tokenizer, tuning, variants[:1], 1, folder, keep=False)
+        (record,) = run_task(
+            name, splits, start, tokenizer, tuning, variants[:1], 1, folder, keep=False
+        )
         found.append(max(record["evaluations"]))
-        print(f"{name:6s}" + ", ".join(f"{key} {asdict(tuning)[key]:g}" for key in GRID) + f": {found[-1]:.3f}")
+        print(
+            f"{name:6s}"
+            + ", ".join(f"{key} {asdict(tuning)[key]:g}" for key in GRID)
+            + f": {found[-1]:.3f}"
+        )
     return tunings[int(np.argmax(found))]
 
 
-def summary(name: str, records: list[dict[str, Any]], splits: dict[str, Texts]) -> dict[str, Any]:
-    """What the runs of a task found: scores by variant, seed by seed, and those of no skill."""
+def summary(
+    name: str, records: list[dict[str, Any]], splits: dict[str, Texts]
+) -> dict[str, Any]:
+    """What the runs of a task found: scores by variant, seed by seed, and those of no
+    skill.
+    """
     task, dev = GLUE[name], next(split for split in splits if split.startswith("dev"))
     table = {}
     for variant in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == variant]
-        table[variant] = {"seconds": [r["seconds"] for r in own], "tuning": own[0]["tuning"]}
-        table[variant] |= {kind: {split: {metric: [r[kind][split][metric] for r in own] for metric in task.metrics}
-                                  for split in own[0][kind]} for kind in ("best", "last")}
-    return {"examples": records[0]["examples"], "dev": dev, "metric": task.metrics[0],
-            "no skill": no_skill(task, splits["train"], splits[dev]), "variants": table}
+        table[variant] = {
+            "seconds": [r["seconds"] for r in own],
+            "tuning": own[0]["tuning"],
+        }
+        table[variant] |= {
+            kind: {
+                split: {
+                    metric: [r[kind][split][metric] for r in own]
+                    for metric in task.metrics
+                }
+                for split in own[0][kind]
+            }
+            for kind in ("best", "last")
+        }
+    return {
+        "examples": records[0]["examples"],
+        "dev": dev,
+        "metric": task.metrics[0],
+        "no skill": no_skill(task, splits["train"], splits[dev]),
+        "variants": table,
+    }
 
 
 # %% [markdown]
@@ -5189,7 +7503,8 @@ WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
 
 
 def recipe_for(platform: str) -> tuple[Config, Recipe, str | None]:
-    """Model, recipe and corpus that suit a device: the demonstration on "cpu", else `base` on Wikipedia.
+    """Model, recipe and corpus that suit a device: the demonstration on "cpu", else
+    `base` on Wikipedia.
 
     >>> recipe_for("cpu")[0] == tiny, recipe_for("tpu")[0].dtype
     (True, 'bfloat16')
@@ -5202,20 +7517,31 @@ def recipe_for(platform: str) -> tuple[Config, Recipe, str | None]:
 # %% [markdown]
 # On a CPU the next cell only prints that plan.
 
+
 # %% tags=["appendix"]
 @example
 def accelerated():
     config, recipe, source = recipe_for(jax.default_backend())
     if (planned := DATA / "tpu-v5e.json").exists():
         plan = json.loads(planned.read_text())["memory"][-1]
-        print(f"planned for one v5e chip, {plan['what']}: {plan['gigabytes']:.1f} of {plan['available']:.0f} GB")
+        print(
+            f"planned for one v5e chip, {plan['what']}: {plan['gigabytes']:.1f} of"
+            f" {plan['available']:.0f} GB"
+        )
     if source is None:
         print("CPU: the demonstration above is the recipe for this device.")
         return
     from transformers import AutoTokenizer
-    data = prepare([source], AutoTokenizer.from_pretrained("bert-base-uncased"), recipe.length, parts=1)
+
+    data = prepare(
+        [source],
+        AutoTokenizer.from_pretrained("bert-base-uncased"),
+        recipe.length,
+        parts=1,
+    )
     run = pretrain(config, recipe, data, RUNS / "base", resume=True)
     print(fill_mask(run.model, data.tokenizer, "Paris is the [MASK] of France."))
+
 
 # %% [markdown]
 # ### A model in the box
@@ -5231,6 +7557,7 @@ def accelerated():
 #
 # Its log:
 
+
 # %% tags=["appendix"]
 @functools.cache
 def boxed_training() -> dict[str, Any]:
@@ -5242,8 +7569,14 @@ def boxed_training() -> dict[str, Any]:
 def show_boxed():
     run = boxed_training()
     each = run["recipe"]["batch"] * run["recipe"]["length"] / 1e6
-    heldout = [(record["step"] * each, record["heldout"]) for record in run["history"] if "heldout" in record]
-    speeds = [record["tokens_per_second"] for record in run["history"] if "loss" in record]
+    heldout = [
+        (record["step"] * each, record["heldout"])
+        for record in run["history"]
+        if "heldout" in record
+    ]
+    speeds = [
+        record["tokens_per_second"] for record in run["history"] if "loss" in record
+    ]
     text = run["rows"] * run["recipe"]["length"] / 1e6
     print(f"{text:.1f} million tokens of text, {np.median(speeds):,.0f} tokens/s")
     for million, loss in heldout:
@@ -5257,22 +7590,35 @@ def show_boxed():
 #
 # What a run does to its model is taken from its checkpoints:
 
+
 # %% tags=["appendix"]
 def way_of(run: Path) -> dict[str, np.ndarray]:
-    """Kernels at the start of a run; and at every checkpoint that was kept the tokens read, step sizes, poles, the
-    standard deviation of the encoder's output, and the root mean square of each layer's $W_o$."""
-    recipe, way, start = Recipe(**json.loads((run / "run.json").read_text())["recipe"]), {}, None
+    """Kernels at the start of a run; and at every checkpoint that was kept the tokens
+    read, step sizes, poles, the standard deviation of the encoder's output, and the
+    root mean square of each layer's $W_o$.
+    """
+    recipe, way, start = (
+        Recipe(**json.loads((run / "run.json").read_text())["recipe"]),
+        {},
+        None,
+    )
     for step, model in states_of(run, every=True):
         layers, config = model.encoder.layers, model.config
         start = kernels_of(model) if start is None else start
-        words = np.random.default_rng(0).integers(5, config.vocab_size, (8, config.max_position_embeddings))
+        words = np.random.default_rng(0).integers(
+            5, config.vocab_size, (8, config.max_position_embeddings)
+        )
         sides = layers.forward, layers.backward
-        poles = [np.minimum(s.A_re[...], -1e-4) + 1j * np.asarray(s.A_im[...]) for s in sides]
-        now = {"tokens": step * recipe.batch * recipe.length,
-               "step_sizes": np.stack([np.exp(s.log_step[...][:, 0]) for s in sides], 1),
-               "poles": np.stack(poles, 1).astype(np.complex64),
-               "spread": np.std(model.encoder(words, np.ones(words.shape, bool))),
-               "sizes": np.sqrt(np.square(layers.W_o.kernel[...]).mean((1, 2)))}
+        poles = [
+            np.minimum(s.A_re[...], -1e-4) + 1j * np.asarray(s.A_im[...]) for s in sides
+        ]
+        now = {
+            "tokens": step * recipe.batch * recipe.length,
+            "step_sizes": np.stack([np.exp(s.log_step[...][:, 0]) for s in sides], 1),
+            "poles": np.stack(poles, 1).astype(np.complex64),
+            "spread": np.std(model.encoder(words, np.ones(words.shape, bool))),
+            "sizes": np.sqrt(np.square(layers.W_o.kernel[...]).mean((1, 2))),
+        }
         for name, value in now.items():
             way.setdefault(name, []).append(value)
     return {name: np.asarray(values) for name, values in way.items()} | {"start": start}
@@ -5282,23 +7628,37 @@ def way_of(run: Path) -> dict[str, np.ndarray]:
 # The learning rate of this recipe, half of a first try, was found by looking there. `data/too-fast.npz` keeps the way
 # of that first run: the same model and text, a peak of 2e-3, the annotated groups.
 
+
 # %% tags=["appendix"]
 @functools.cache
 def too_fast() -> dict[str, np.ndarray]:
-    """The way of the run at twice the rate, as `boxed_kernels` has that of the model in the box; `heldout` losses at
-    the checkpoints, and the correlation that it reached on CoLA."""
+    """The way of the run at twice the rate, as `boxed_kernels` has that of the model in
+    the box; `heldout` losses at the checkpoints, and the correlation that it reached on
+    CoLA.
+    """
     with np.load(DATA / "too-fast.npz") as file:
         return dict(file)
 
 
-@figure(name="rates",
-        alt="Left: two lines over tokens read on a logarithmic scale. Right: lines for six layers of each run.",
-        caption="Two runs of one model: at a peak rate of 1e-3 (blue, data/bigs-mini) and of 2e-3 (red). Left: the "
-                "standard deviation of the encoder's output. Right: the root mean square of the last matrix of each of "
-                "the six layers. Drawn by rates_figure.")
+@figure(
+    name="rates",
+    alt=(
+        "Left: two lines over tokens read on a logarithmic scale. Right: lines for six"
+        " layers of each run."
+    ),
+    caption=(
+        "Two runs of one model: at a peak rate of 1e-3 (blue, data/bigs-mini) and of"
+        " 2e-3 (red). Left: the standard deviation of the encoder's output. Right: the"
+        " root mean square of the last matrix of each of the six layers. Drawn by"
+        " rates_figure."
+    ),
+)
 def rates_figure():
     drawing, (left, right) = canvas(1, 2, (9.0, 3.0))
-    for way, color, label in ((boxed_kernels(), BLUE, "peak 1e-3"), (too_fast(), RED, "peak 2e-3")):
+    for way, color, label in (
+        (boxed_kernels(), BLUE, "peak 1e-3"),
+        (too_fast(), RED, "peak 2e-3"),
+    ):
         left.plot(way["tokens"] / 1e6, way["spread"], color=color, label=label)
         right.plot(way["tokens"] / 1e6, way["sizes"], color=color, lw=1)
     left.set(xlabel="million tokens", ylabel="output, standard deviation", yscale="log")
@@ -5310,6 +7670,7 @@ def rates_figure():
 @example
 def draw_rates():
     show(rates_figure)
+
 
 # %% [markdown]
 # No normalization follows the last layer, so nothing limits the residual stream. At twice the rate its spread grew
@@ -5325,18 +7686,36 @@ def draw_rates():
 #
 # What each kernel is worth on a text is found by silencing it:
 
+
 # %% tags=["appendix"]
-def losses_without(model: BiGS, tokenizer, text: str, count: int = 512) -> dict[str, float]:
-    """Held-out losses on a text, nats a masked word: with all kernels, without each, each layer's, kinds, and all."""
+def losses_without(
+    model: BiGS, tokenizer, text: str, count: int = 512
+) -> dict[str, float]:
+    """Held-out losses on a text, nats a masked word: with all kernels, without each,
+    each layer's, kinds, and all.
+    """
     documents = [document.text for part in parts_of(text) for document in part.read()]
-    rows = rows_for(tokenizer, pack(documents, tokenizer, model.config.max_position_embeddings))
-    data, local = Dataset(tokenizer, rows, fixed_batches(rows, count), text), reaches(kernels_of(model)) <= 10
-    found = {"nothing": np.zeros_like(local), "all": np.ones_like(local), "local": local, "long": ~local}
-    for layer, (side, name) in itertools.product(range(len(local)), (([0], "forward"), ([1], "backward"),
-                                                                     ([0, 1], "both"))):
+    rows = rows_for(
+        tokenizer, pack(documents, tokenizer, model.config.max_position_embeddings)
+    )
+    data, local = (
+        Dataset(tokenizer, rows, fixed_batches(rows, count), text),
+        reaches(kernels_of(model)) <= 10,
+    )
+    found = {
+        "nothing": np.zeros_like(local),
+        "all": np.ones_like(local),
+        "local": local,
+        "long": ~local,
+    }
+    for layer, (side, name) in itertools.product(
+        range(len(local)), (([0], "forward"), ([1], "backward"), ([0, 1], "both"))
+    ):
         found[f"layer {layer}, {name}"] = np.zeros_like(local)
         found[f"layer {layer}, {name}"][layer, side] = True
-    return {name: evaluate(silenced(model, which), data) for name, which in found.items()}
+    return {
+        name: evaluate(silenced(model, which), data) for name, which in found.items()
+    }
 
 
 # %% [markdown]
@@ -5348,11 +7727,15 @@ def losses_without(model: BiGS, tokenizer, text: str, count: int = 512) -> dict[
 # the demonstration, before any further training: repeat the table, repeat its last row, take the mean of all
 # rows, or draw new ones as at the start.
 
+
 # %% tags=["appendix"]
 def changed(model: BiGS, values: dict[tuple[str, ...], AnyArray], **changes) -> BiGS:
-    """The same parameters under a config with some fields changed, but for those given by path.
+    """The same parameters under a config with some fields changed, but for those given
+    by path.
 
-    >>> changed(BiGS(Config(50, 8, 1, 24, num_ssm=4)), {}, mask_padding=False).config.mask_padding
+    >>> changed(
+    ...     BiGS(Config(50, 8, 1, 24, num_ssm=4)), {}, mask_padding=False
+    ... ).config.mask_padding
     False
     """
     shapes = jax.eval_shape(lambda: BiGS(replace(model.config, **changes), model.task))
@@ -5360,14 +7743,18 @@ def changed(model: BiGS, values: dict[tuple[str, ...], AnyArray], **changes) -> 
 
 
 def extend(model: BiGS, length: int, rows: str = "repeat", seed: int = 0) -> BiGS:
-    """The same model for texts of another length, longer or shorter; only the table of positions changes.
+    """The same model for texts of another length, longer or shorter; only the table of
+    positions changes.
 
-    New rows: "repeat" the table, or its "last" row, or their "mean", or "random" ones of standard deviation
-    `initializer_range`. Raises UserError for another word, or a length below 1.
+    New rows: "repeat" the table, or its "last" row, or their "mean", or "random" ones
+    of standard deviation `initializer_range`. Raises UserError for another word, or a
+    length below 1.
 
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4, max_position_embeddings=10))
     >>> longer, shorter = extend(model, 25), extend(model, 4)
-    >>> [parameters(m.config) - parameters(model.config) for m in (longer, shorter)] == [15 * 8, -6 * 8]
+    >>> [
+    ...     parameters(m.config) - parameters(model.config) for m in (longer, shorter)
+    ... ] == [15 * 8, -6 * 8]
     True
     >>> ids = np.arange(4)[None]
     >>> all(np.allclose(m(ids), model(ids), atol=1e-6) for m in (longer, shorter))
@@ -5377,33 +7764,56 @@ def extend(model: BiGS, length: int, rows: str = "repeat", seed: int = 0) -> BiG
         raise UserError(f"length: {length} is not positive")
     table = np.asarray(model.encoder.positions.embedding[...])
     more = max(0, length - len(table))
-    draw = np.random.default_rng(seed).normal(0, model.config.initializer_range, (more, table.shape[1]))
-    ways = {"repeat": np.tile(table, (-(-length // len(table)), 1))[len(table):length],
-            "last": np.repeat(table[-1:], more, 0), "mean": np.repeat(table.mean(0)[None], more, 0), "random": draw}
+    draw = np.random.default_rng(seed).normal(
+        0, model.config.initializer_range, (more, table.shape[1])
+    )
+    ways = {
+        "repeat": np.tile(table, (-(-length // len(table)), 1))[len(table) : length],
+        "last": np.repeat(table[-1:], more, 0),
+        "mean": np.repeat(table.mean(0)[None], more, 0),
+        "random": draw,
+    }
     if rows not in ways:
         raise UserError(f"rows: {rows!r} is unknown; choose one of {', '.join(ways)}")
     table = np.concatenate([table[:length], ways[rows]])
-    return changed(model, {("encoder", "positions", "embedding"): table}, max_position_embeddings=length)
+    return changed(
+        model,
+        {("encoder", "positions", "embedding"): table},
+        max_position_embeddings=length,
+    )
 
 
 # %% [markdown]
 # The held-out modules, packed into rows of other lengths, masked and asked as ever. The same rows, when
 # short, tell what padding does to a model that hears it: they are padded to 128 tokens and asked again.
 
+
 # %% tags=["appendix"]
 @functools.cache
 def heldout_rows(length: int) -> Rows:
     """The held-out part of the embedded English in rows of another length."""
     texts = [d.text for d in embedded_english().heldout]
-    return tiny_dataset().train._replace(tokens=pack(texts, tiny_dataset().tokenizer, length))
+    return tiny_dataset().train._replace(
+        tokens=pack(texts, tiny_dataset().tokenizer, length)
+    )
 
 
-def heldout_at(model: BiGS, length: int, padded_to: int = 0, tokens: int = 8192) -> float:
-    """Held-out loss, nats a masked word, over four batches of rows of this length, padded or not."""
+def heldout_at(
+    model: BiGS, length: int, padded_to: int = 0, tokens: int = 8192
+) -> float:
+    """Held-out loss, nats a masked word, over four batches of rows of this length,
+    padded or not.
+    """
     losses = []
     for step in range(4):
-        ids, positions, labels, _ = batch_at(heldout_rows(length), tokens // max(length, padded_to), 0, step)
-        ids = np.pad(ids, [(0, 0), (0, max(0, padded_to - length))], constant_values=model.config.pad_token_id)
+        ids, positions, labels, _ = batch_at(
+            heldout_rows(length), tokens // max(length, padded_to), 0, step
+        )
+        ids = np.pad(
+            ids,
+            [(0, 0), (0, max(0, padded_to - length))],
+            constant_values=model.config.pad_token_id,
+        )
         mask = np.broadcast_to(np.arange(ids.shape[1]) < length, ids.shape)
         losses.append(masked_loss(asked_logits(model, positions, ids, mask), labels))
     return float(np.mean(losses))
@@ -5412,6 +7822,7 @@ def heldout_at(model: BiGS, length: int, padded_to: int = 0, tokens: int = 8192)
 # %% [markdown]
 # Both questions, asked of the model of the demonstration:
 
+
 # %% tags=["appendix"]
 @example
 def measure_lengths():
@@ -5419,15 +7830,29 @@ def measure_lengths():
     heard = changed(model, {}, mask_padding=False)
     losses = {"128": {"as trained": heldout_at(model, 128)}}
     for length in (256, 512):
-        losses[str(length)] = {rows: heldout_at(extend(model, length, rows), length)
-                               for rows in ("repeat", "last", "mean", "random")}
-    padding = {str(length): {"silent": heldout_at(model, length, 128), "heard": heldout_at(heard, length, 128)}
-               for length in (16, 64)}
-    keep_results(DATA / "extend.json", model="the demonstration's, trained at 128 tokens, no further training",
-                 losses=losses, padding=padding)
+        losses[str(length)] = {
+            rows: heldout_at(extend(model, length, rows), length)
+            for rows in ("repeat", "last", "mean", "random")
+        }
+    padding = {
+        str(length): {
+            "silent": heldout_at(model, length, 128),
+            "heard": heldout_at(heard, length, 128),
+        }
+        for length in (16, 64)
+    }
+    keep_results(
+        DATA / "extend.json",
+        model="the demonstration's, trained at 128 tokens, no further training",
+        losses=losses,
+        padding=padding,
+    )
     for what, table in (("rows of", losses), ("padded to 128, rows of", padding)):
         for length, found in table.items():
-            print(f"{what} {length:>3s}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in found.items()))
+            print(
+                f"{what} {length:>3s}: "
+                + ", ".join(f"{name} {loss:.3f}" for name, loss in found.items())
+            )
 
 
 @functools.cache
@@ -5458,50 +7883,78 @@ def lengths() -> dict[str, Any]:
 # seed by seed.
 
 # %% tags=["appendix"]
-VARIANTS = {"published": {}, "no decay of SSMs": {"ssm_decay": False}, "SSMs at twice the rate": {"ssm_rate": 2.0},
-            "annotated": GROUPS["annotated"], "warm-up of 1 %": {"warmup": 0.01}, "one masking a row": {"masks": 1},
-            "bfloat16": {"dtype": "bfloat16"}}
+VARIANTS = {
+    "published": {},
+    "no decay of SSMs": {"ssm_decay": False},
+    "SSMs at twice the rate": {"ssm_rate": 2.0},
+    "annotated": GROUPS["annotated"],
+    "warm-up of 1 %": {"warmup": 0.01},
+    "one masking a row": {"masks": 1},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 
 
-def compare_variants(config: Config, recipe: Recipe, data: Dataset, variants: Iterable[str], seeds: int,
-                     output: Path) -> dict[str, list[float]]:
-    """Final held-out losses of variants, a run for each seed, each in a folder of its own; finished ones are kept."""
+def compare_variants(
+    config: Config,
+    recipe: Recipe,
+    data: Dataset,
+    variants: Iterable[str],
+    seeds: int,
+    output: Path,
+) -> dict[str, list[float]]:
+    """Final held-out losses of variants, a run for each seed, each in a folder of its
+    own; finished ones are kept.
+    """
     losses = {variant: [] for variant in variants}
     for seed, variant in itertools.product(range(seeds), losses):
         changes = dict(VARIANTS[variant])
         own = replace(config, dtype=changes.pop("dtype", config.dtype))
         folder = output / f"{variant.replace(' ', '-')}-{seed}"
-        run = pretrain(own, replace(recipe, seed=seed, **changes), data, folder, resume=True)
+        run = pretrain(
+            own, replace(recipe, seed=seed, **changes), data, folder, resume=True
+        )
         losses[variant].append(run.history[-1]["heldout"])
     return losses
 
 
 def print_variants(losses: dict[str, list[float]]) -> None:
-    """Mean and standard deviation of the losses of each variant, and of their difference from the first one's.
+    """Mean and standard deviation of the losses of each variant, and of their
+    difference from the first one's.
 
     >>> print_variants({"published": [3.0, 3.2], "annotated": [2.9, 3.0]})
     published                  3.100 +- 0.141
     annotated                  2.950 +- 0.071   -0.150 +- 0.071
     """
-    spread = lambda values: f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
+
+    def spread(values):
+        return f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
+
     first = next(iter(losses.values()))
     for variant, found in losses.items():
-        difference = f"{spread(np.subtract(found, first)):>17s}" if found is not first else ""
+        difference = (
+            f"{spread(np.subtract(found, first)):>17s}" if found is not first else ""
+        )
         print(f"{variant:25s}{spread(found):>16s} {difference}".rstrip())
 
 
 # %% [markdown]
 # The differences that were found, from `data/variants.json` and, for the masks, `data/masks.json`:
 
+
 # %% tags=["appendix"]
 @functools.cache
 def variants() -> dict[str, Any]:
-    """What `compare` measured on Simple English Wikipedia, and on the embedded English."""
-    return {name: json.loads((DATA / f"{name}.json").read_text()) for name in ("variants", "masks")}
+    """What `compare` measured on Simple English Wikipedia and the embedded English."""
+    return {
+        name: json.loads((DATA / f"{name}.json").read_text())
+        for name in ("variants", "masks")
+    }
 
 
 def gain(variant: str, name: str = "variants") -> float:
-    """How much lower a variant's held-out loss is than the published one's, in standard errors of the difference."""
+    """How much lower a variant's held-out loss is than the published one's, in standard
+    errors of the difference.
+    """
     losses = variants()[name]["losses"]
     lower = np.subtract(losses["published"], losses[variant])
     return float(lower.mean() / (lower.std(ddof=1) / np.sqrt(len(lower))))
@@ -5511,9 +7964,12 @@ def gain(variant: str, name: str = "variants") -> float:
 def show_variants():
     for found in variants().values():
         seeds = len(found["losses"]["published"])
-        print(f"{found['size']}, {found['tokens'] / 1e6:.1f} million tokens of {found['corpus']} "
-              f"({found['epochs']:.1f} times the text), {seeds} seeds")
+        print(
+            f"{found['size']}, {found['tokens'] / 1e6:.1f} million tokens of"
+            f" {found['corpus']} ({found['epochs']:.1f} times the text), {seeds} seeds"
+        )
         print_variants(found["losses"])
+
 
 # %% [markdown]
 # Between the published and the annotated way no difference was found that three seeds could tell from chance,
@@ -5537,21 +7993,36 @@ def show_variants():
 # start from the same rounded $\Delta A$, the last thing that all of them share. The read-outs are such that fast poles
 # weigh as much as slow ones; in a fresh SSM they weigh far less, and little is lost.
 
+
 # %% tags=["appendix"]
 @example
 def lost_digits():
     A = np.complex64(-1e-4 + 1j * s4d_hippo(64).imag)
-    rate, phases = np.float32(0.1) * A, np.exp(2j * np.pi * np.random.default_rng(0).random(64))
+    rate, phases = (
+        np.float32(0.1) * A,
+        np.exp(2j * np.pi * np.random.default_rng(0).random(64)),
+    )
     ssm = DiagonalSSM(A, np.complex64(phases * A / np.expm1(rate)), np.float32(0.1))
     weights = ssm.C * np.asarray(discretize_diagonal(ssm)[1])
-    print("largest error, as a share of the kernel's largest value\n  tokens   no unwinding    unwound     blocks")
+    print(
+        "largest error, as a share of the kernel's largest value\n  tokens   no"
+        " unwinding    unwound     blocks"
+    )
     for L in (256, 2048, 16384):
         age, impulse = np.arange(L), jnp.zeros((L, 1)).at[0].set(1)
-        true = (weights.astype(complex) @ np.exp(rate.astype(complex)[:, None] * age)).real
-        ways = ((weights @ jnp.exp(rate[:, None] * age)).real, ssm_kernel(ssm, L),
-                convolve_blocks(impulse, ssm)[:, 0])
-        errors = (np.abs(np.asarray(way) - true).max() / np.abs(true).max() for way in ways)
+        true = (
+            weights.astype(complex) @ np.exp(rate.astype(complex)[:, None] * age)
+        ).real
+        ways = (
+            (weights @ jnp.exp(rate[:, None] * age)).real,
+            ssm_kernel(ssm, L),
+            convolve_blocks(impulse, ssm)[:, 0],
+        )
+        errors = (
+            np.abs(np.asarray(way) - true).max() / np.abs(true).max() for way in ways
+        )
         print(f"{L:8d}" + "".join(f"{error:13.1e}" for error in errors))
+
 
 # %% [markdown]
 # Without unwinding the error grows with the length and with the speed of the fastest pole, with it only with the
@@ -5567,26 +8038,47 @@ KINDS = ("convolution, forward", "layer, forward", "layer, training", "model, tr
 
 
 def variant(config: Config, route: str, L: int) -> Config:
-    """A gated model with that route for texts of L tokens; for "attention" a BERT of about the same size.
+    """A gated model with that route for texts of L tokens; for "attention" a BERT of
+    about the same size.
 
     >>> [round(parameters(variant(base, route, 128)) / 1e6) for route in ROUTES]
     [116, 116, 116, 116, 116]
     """
     if route == "attention":
-        return replace(config, block="stack", routing="attention", pre_norm=False, max_position_embeddings=L,
-                       intermediate_size=4 * config.hidden_size,
-                       num_hidden_layers=round(config.num_hidden_layers * 13 / 12))
+        return replace(
+            config,
+            block="stack",
+            routing="attention",
+            pre_norm=False,
+            max_position_embeddings=L,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=round(config.num_hidden_layers * 13 / 12),
+        )
     changes = {"routing": "none"} if route == "none" else {"convolution": route}
     return replace(config, max_position_embeddings=L, **changes)
 
 
 def layer_program(what: str, config: Config) -> Callable:
-    """A function of a layer and its input (L, batch, d), for all kinds but whole models."""
-    everywhere = lambda x: jnp.ones(x.shape[:2], bool)
-    forward = lambda layer, x: layer(x, everywhere(x))
-    score = lambda layer, x: (forward(layer, x).astype(jnp.float32) ** 2).mean()
-    return {"convolution, forward": lambda layer, x: route_ssm(x, layer.forward, True, config.convolution),
-            "layer, forward": forward, "layer, training": jax.grad(score, (0, 1))}[what]
+    """A function of a layer and its input (L, batch, d), for all kinds but whole
+    models.
+    """
+
+    def everywhere(x):
+        return jnp.ones(x.shape[:2], bool)
+
+    def forward(layer, x):
+        return layer(x, everywhere(x))
+
+    def score(layer, x):
+        return (forward(layer, x).astype(jnp.float32) ** 2).mean()
+
+    return {
+        "convolution, forward": lambda layer, x: route_ssm(
+            x, layer.forward, True, config.convolution
+        ),
+        "layer, forward": forward,
+        "layer, training": jax.grad(score, (0, 1)),
+    }[what]
 
 
 def one_layer(config: Config) -> GatedLayer | StackLayer:
@@ -5597,9 +8089,13 @@ def one_layer(config: Config) -> GatedLayer | StackLayer:
 # %% [markdown]
 # A program is compiled before it is timed; its memory is what the compiler plans.
 
+
 # %% tags=["appendix"]
 class Program(NamedTuple):
-    """A compiled program: a call that waits for its result, seconds of compiling, planned memory in GB."""
+    """A compiled program: a call that waits for its result, seconds of compiling,
+    planned memory in GB.
+    """
+
     run: Callable[[], None]
     compile_seconds: float
     gigabytes: float
@@ -5608,22 +8104,44 @@ class Program(NamedTuple):
 def planned_gigabytes(compiled) -> float:
     """Memory of a compiled program, inputs and outputs included, in GB.
 
-    >>> planned_gigabytes(jax.jit(lambda x: x + 1).lower(np.zeros(250, np.float32)).compile())
+    >>> planned_gigabytes(
+    ...     jax.jit(lambda x: x + 1).lower(np.zeros(250, np.float32)).compile()
+    ... )
     2e-06
     """
     plan = compiled.memory_analysis()
-    return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
-            - plan.alias_size_in_bytes) / 1e9
+    return (
+        plan.argument_size_in_bytes
+        + plan.temp_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+    ) / 1e9
 
 
 def compiled_program(what: str, config: Config, L: int, batch: int) -> Program:
     """One of KINDS, compiled for this device and for random input."""
     if what == "model, training":
-        recipe, rng = replace(RECIPES["demonstration"], batch=batch, length=L), np.random.default_rng(0)
-        rows = Rows(rng.integers(5, config.vocab_size, (batch, L)), config.vocab_size, 4, (0, 2, 3))
-        function, inputs = make_step(recipe), [fresh_state(config, recipe), batch_at(rows, batch, 0, 0)]
+        recipe, rng = (
+            replace(RECIPES["demonstration"], batch=batch, length=L),
+            np.random.default_rng(0),
+        )
+        rows = Rows(
+            rng.integers(5, config.vocab_size, (batch, L)),
+            config.vocab_size,
+            4,
+            (0, 2, 3),
+        )
+        function, inputs = (
+            make_step(recipe),
+            [
+                fresh_state(config, recipe),
+                batch_at(rows, batch, 0, 0),
+            ],
+        )
     else:
-        x = jax.random.normal(jax.random.key(0), (L, batch, config.hidden_size), config.dtype)
+        x = jax.random.normal(
+            jax.random.key(0), (L, batch, config.hidden_size), config.dtype
+        )
         function, inputs = jax.jit(layer_program(what, config)), [one_layer(config), x]
     start = time.perf_counter()
     compiled = function.lower(*inputs).compile()
@@ -5641,23 +8159,49 @@ def compiled_program(what: str, config: Config, L: int, batch: int) -> Program:
 # Routes take turns, so that all meet the same moods of the machine, and each is compared with its neighbour in the
 # same round: the layer without routing, or for a convolution alone the FFT.
 
+
 # %% tags=["appendix"]
-def benchmark(config: Config, lengths: Iterable[int], tokens: int, repeats: int, kinds: Iterable[str] = KINDS,
-              memory: float = 8.0) -> list[dict[str, Any]]:
-    """Seconds, tokens a second, ratio, compile time and memory (GB) by kind, length and route; medians of `repeats`.
+def benchmark(
+    config: Config,
+    lengths: Iterable[int],
+    tokens: int,
+    repeats: int,
+    kinds: Iterable[str] = KINDS,
+    memory: float = 8.0,
+) -> list[dict[str, Any]]:
+    """Seconds, tokens a second, ratio, compile time and memory (GB) by kind, length and
+    route; medians of `repeats`.
 
-    A batch has about `tokens` tokens. What needs more than `memory` GB is planned but not run.
+    A batch has about `tokens` tokens. What needs more than `memory` GB is planned but
+    not run.
 
-    >>> rows = benchmark(Config(50, 16, 1, 48, num_ssm=4, num_attention_heads=2), [32], 64, 1, KINDS[2:3])
+    >>> rows = benchmark(
+    ...     Config(50, 16, 1, 48, num_ssm=4, num_attention_heads=2),
+    ...     [32],
+    ...     64,
+    ...     1,
+    ...     KINDS[2:3],
+    ... )
     >>> [(row["route"], row["seconds"] > 0) for row in rows][:2], rows[0]["ratio"]
     ([('none', True), ('fft', True)], 1.0)
     """
     from tqdm.auto import tqdm
+
     cases, found = [(L, what) for L in lengths for what in kinds], []
     for L, what in tqdm(cases, unit="case"):
-        routes, batch = ROUTES[1:4] if what == "convolution, forward" else ROUTES, max(1, tokens // L)
-        programs = {route: compiled_program(what, variant(config, route, L), L, batch) for route in routes}
-        fitting = {route: program for route, program in programs.items() if program.gigabytes <= memory}
+        routes, batch = (
+            ROUTES[1:4] if what == "convolution, forward" else ROUTES,
+            max(1, tokens // L),
+        )
+        programs = {
+            route: compiled_program(what, variant(config, route, L), L, batch)
+            for route in routes
+        }
+        fitting = {
+            route: program
+            for route, program in programs.items()
+            if program.gigabytes <= memory
+        }
         rounds = []
         for _ in range(repeats + 1):
             rounds.append({})
@@ -5667,24 +8211,48 @@ def benchmark(config: Config, lengths: Iterable[int], tokens: int, repeats: int,
                 rounds[-1][route] = time.perf_counter() - start
         for route, program in programs.items():
             seconds = [r[route] for r in rounds[1:]] if route in fitting else None
-            ratio = [r[route] / r[routes[0]] for r in rounds[1:]] if seconds and routes[0] in fitting else None
-            found.append({"what": what, "length": L, "batch": batch, "route": route,
-                          "seconds": float(np.median(seconds)) if seconds else None,
-                          "tokens_per_second": batch * L / float(np.median(seconds)) if seconds else None,
-                          "ratio": float(np.median(ratio)) if ratio else None,
-                          "compile_seconds": program.compile_seconds, "gigabytes": program.gigabytes})
+            ratio = (
+                [r[route] / r[routes[0]] for r in rounds[1:]]
+                if seconds and routes[0] in fitting
+                else None
+            )
+            found.append(
+                {
+                    "what": what,
+                    "length": L,
+                    "batch": batch,
+                    "route": route,
+                    "seconds": float(np.median(seconds)) if seconds else None,
+                    "tokens_per_second": (
+                        batch * L / float(np.median(seconds)) if seconds else None
+                    ),
+                    "ratio": float(np.median(ratio)) if ratio else None,
+                    "compile_seconds": program.compile_seconds,
+                    "gigabytes": program.gigabytes,
+                }
+            )
     return found
 
 
 # %% [markdown]
 # Its results are printed as a table for each kind.
 
+
 # %% tags=["appendix"]
 def print_benchmark(rows: list[dict[str, Any]]) -> None:
     """Ratios and tokens a second, a line for each length.
 
-    >>> print_benchmark([{"what": "layer, training", "length": 8, "route": "none", "ratio": 1.0,
-    ...                   "tokens_per_second": 5.0}])
+    >>> print_benchmark(
+    ...     [
+    ...         {
+    ...             "what": "layer, training",
+    ...             "length": 8,
+    ...             "route": "none",
+    ...             "ratio": 1.0,
+    ...             "tokens_per_second": 5.0,
+    ...         }
+    ...     ]
+    ... )
     layer, training                   none
            8 tokens             1.00 (5/s)
     """
@@ -5704,24 +8272,46 @@ def print_benchmark(rows: list[dict[str, Any]]) -> None:
 # %% [markdown]
 # This is our Figure 7:
 
+
 # %% tags=["appendix"]
-@figure(name="speed",
-        alt="Three panels of training time over the length of the text, relative to a model without routing: one layer "
-            "of the large model on a CPU, the same estimated for a TPU v3, and the whole mini model on a CPU. The "
-            "curves of the Toeplitz matrix and of attention rise with length, those of the FFT and of blocks hardly.",
-        caption="What routing adds to training, by length. The matrix is nearly free at 128 tokens, blocks stay nearly "
-                "level, attention grows. The paper's Figure 7, which times the forward pass on a GPU, was not run "
-                "here. Drawn by speed_figure.")
+@figure(
+    name="speed",
+    alt=(
+        "Three panels of training time over the length of the text, relative to a model"
+        " without routing: one layer of the large model on a CPU, the same estimated"
+        " for a TPU v3, and the whole mini model on a CPU. The curves of the Toeplitz"
+        " matrix and of attention rise with length, those of the FFT and of blocks"
+        " hardly."
+    ),
+    caption=(
+        "What routing adds to training, by length. The matrix is nearly free at 128"
+        " tokens, blocks stay nearly level, attention grows. The paper's Figure 7,"
+        " which times the forward pass on a GPU, was not run here. Drawn by"
+        " speed_figure."
+    ),
+)
 def speed_figure():
-    panels = [("benchmark.json", "layer, training", "one large layer, CPU"),
-              ("tpu-v3.json", "layer, training", "one large layer, TPU v3 (estimate)"),
-              ("benchmark-mini.json", "model, training", "the whole mini model, CPU")]
+    panels = [
+        ("benchmark.json", "layer, training", "one large layer, CPU"),
+        ("tpu-v3.json", "layer, training", "one large layer, TPU v3 (estimate)"),
+        ("benchmark-mini.json", "model, training", "the whole mini model, CPU"),
+    ]
     drawing, axes = canvas(1, 3, (10, 3.2))
     for ax, (file, what, title) in zip(axes, panels, strict=True):
-        rows = [row for row in json.loads((DATA / file).read_text())["rows"] if row["what"] == what and row["ratio"]]
+        rows = [
+            row
+            for row in json.loads((DATA / file).read_text())["rows"]
+            if row["what"] == what and row["ratio"]
+        ]
         for route, color in zip(ROUTES[1:], (GREY, BLUE, INK, RED), strict=True):
             part = [row for row in rows if row["route"] == route]
-            ax.plot([r["length"] for r in part], [r["ratio"] for r in part], ".-", color=color, label=route)
+            ax.plot(
+                [r["length"] for r in part],
+                [r["ratio"] for r in part],
+                ".-",
+                color=color,
+                label=route,
+            )
         ax.set_xscale("log", base=2)
         ax.set_xticks([128, 512, 2048, 8192], ["128", "512", "2048", "8192"])
         ax.set_title(title, fontsize=10)
@@ -5736,9 +8326,11 @@ def speed_figure():
 def draw_speed():
     show(speed_figure)
 
+
 # %% [markdown]
 # Last, a training step beside its own products, to be run alone in the same shapes: once for the forward pass, and
 # twice as much again for the backward pass.
+
 
 # %% tags=["appendix"]
 def median_seconds(function: Callable, *arguments, repeats: int = 7) -> float:
@@ -5756,18 +8348,32 @@ def median_seconds(function: Callable, *arguments, repeats: int = 7) -> float:
     return float(np.median(times))
 
 
-def product_shapes(config: Config, batch: int, L: int) -> list[tuple[int, int, int, int]]:
-    """The forward pass's matrix products of a gated model: (how many, rows, inner, columns).
+def product_shapes(
+    config: Config, batch: int, L: int
+) -> list[tuple[int, int, int, int]]:
+    """The forward pass's matrix products of a gated model: (how many, rows, inner,
+    columns).
 
-    >>> 3 * sum(n * 2 * a * b * c for n, a, b, c in product_shapes(tiny, 8, 128)) / step_operations(
-    ...     tiny, replace(RECIPES["demonstration"], batch=8, length=128))
+    >>> 3 * sum(
+    ...     n * 2 * a * b * c for n, a, b, c in product_shapes(tiny, 8, 128)
+    ... ) / step_operations(
+    ...     tiny, replace(RECIPES["demonstration"], batch=8, length=128)
+    ... )
     1.0
     """
-    d, wide, tokens, places = config.hidden_size, config.intermediate_size, batch * L, batch * asked_of(L)
+    d, wide, tokens, places = (
+        config.hidden_size,
+        config.intermediate_size,
+        batch * L,
+        batch * asked_of(L),
+    )
     layers, last = config.num_hidden_layers, int(unrolled(config.num_hidden_layers))
     shapes = [(2 * layers, L, L, batch * d), (2 * last, tokens, d, d)]
     shapes += [(1, places, d, d), (1, places, d, config.vocab_size)]
-    for n, rows, dense in ((layers - last, tokens, 4), (last, places, 2)):  # the last mixes channels where it is asked
+    for n, rows, dense in (
+        (layers - last, tokens, 4),
+        (last, places, 2),
+    ):  # the last mixes channels where it is asked
         shapes += [(2 * n, rows, d, wide), (n, rows, wide, d), (dense * n, rows, d, d)]
     return shapes
 
@@ -5775,12 +8381,24 @@ def product_shapes(config: Config, batch: int, L: int) -> list[tuple[int, int, i
 # %% [markdown]
 # Step and products alternate, so that both meet the same moods of the machine.
 
+
 # %% tags=["appendix"]
 def step_share(config: Config, recipe: Recipe, repeats: int = 5) -> dict[str, float]:
-    """Seconds of a training step and of its products alone, alternating, as medians of `repeats`."""
+    """Seconds of a training step and of its products alone, alternating, as medians of
+    `repeats`.
+    """
     L, rng = recipe.length, np.random.default_rng(0)
-    rows = Rows(rng.integers(5, config.vocab_size, (recipe.batch, L)), config.vocab_size, 4, (0, 2, 3))
-    batch, state, step = batch_at(rows, recipe.batch, 0, 0), fresh_state(config, recipe), make_step(recipe)
+    rows = Rows(
+        rng.integers(5, config.vocab_size, (recipe.batch, L)),
+        config.vocab_size,
+        4,
+        (0, 2, 3),
+    )
+    batch, state, step = (
+        batch_at(rows, recipe.batch, 0, 0),
+        fresh_state(config, recipe),
+        make_step(recipe),
+    )
     product, shapes = jax.jit(jnp.matmul), product_shapes(config, recipe.batch, L)
     factors = [(jnp.ones((a, b)), jnp.ones((b, c))) for _, a, b, c in shapes]
     pairs = []
@@ -5789,23 +8407,31 @@ def step_share(config: Config, recipe: Recipe, repeats: int = 5) -> dict[str, fl
         state, loss = step(state, batch)
         jax.block_until_ready(loss)
         seconds = time.perf_counter() - start
-        alone = sum(3 * n * median_seconds(product, *f, repeats=3)
-                    for (n, *_), f in zip(shapes, factors, strict=True))
+        alone = sum(
+            3 * n * median_seconds(product, *f, repeats=3)
+            for (n, *_), f in zip(shapes, factors, strict=True)
+        )
         pairs.append((seconds, alone))
     seconds, alone = np.array(pairs[1:]).T
     work = 3 * sum(n * 2 * a * b * c for n, a, b, c in shapes)
-    return {"step_seconds": float(np.median(seconds)), "products_seconds": float(np.median(alone)),
-            "ratio": float(np.median(seconds / alone)),
-            "tokens_per_second": float(recipe.batch * L / np.median(seconds)),
-            "products_gigaflops": float(work / np.median(alone) / 1e9)}
+    return {
+        "step_seconds": float(np.median(seconds)),
+        "products_seconds": float(np.median(alone)),
+        "ratio": float(np.median(seconds / alone)),
+        "tokens_per_second": float(recipe.batch * L / np.median(seconds)),
+        "products_gigaflops": float(work / np.median(alone) / 1e9),
+    }
 
 
 @example
 def measure_step():
     share = step_share(tiny, RECIPES["demonstration"])
     keep_results(RESULTS, step=share)
-    print(f"a step of {tiny.num_hidden_layers} layers takes {share['ratio']:.2f} times its own matrix products, "
-          f"{share['tokens_per_second']:,.0f} tokens a second")
+    print(
+        f"a step of {tiny.num_hidden_layers} layers takes {share['ratio']:.2f} times"
+        f" its own matrix products, {share['tokens_per_second']:,.0f} tokens a second"
+    )
+
 
 # %% [markdown]
 # The ratio says how far the step is from what the hardware allows. It was measured in one run with its own
@@ -5819,41 +8445,67 @@ def measure_step():
 # Logits everywhere also means that the last layer is computed in full.
 
 # %% tags=["appendix"]
-WAYS = ("3-D dense layers", "FFT convolutions", "logits everywhere", "one-hot cross-entropy")
+WAYS = (
+    "3-D dense layers",
+    "FFT convolutions",
+    "logits everywhere",
+    "one-hot cross-entropy",
+)
 
 
-def loss_by(ways: Iterable[str], model: BiGS, batch: Batch, key: jax.Array | None) -> Float[Array, ""]:
-    """Equation (10) with the logits and the cross-entropy of the published way, or of ours.
+def loss_by(
+    ways: Iterable[str], model: BiGS, batch: Batch, key: jax.Array | None
+) -> Float[Array, ""]:
+    """Equation (10) with the logits and the cross-entropy of the published way, or of
+    ours.
 
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
-    >>> batch = batch_at(Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0)
+    >>> batch = batch_at(
+    ...     Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0
+    ... )
     >>> bool(jnp.allclose(loss_by(WAYS, model, batch, None), batch_loss(model, batch)))
     True
     """
     rows, L = batch.input_ids.shape
     positions, labels = batch.positions, jnp.asarray(batch.labels)
     if "logits everywhere" in ways:
-        positions, labels = None, jnp.zeros((rows, L), int).at[jnp.arange(rows)[:, None], positions].max(labels)
-    x = model.encoder(batch.input_ids, jnp.ones((rows, L), bool), key=key, positions=positions)
+        positions, labels = (
+            None,
+            jnp.zeros((rows, L), int)
+            .at[jnp.arange(rows)[:, None], positions]
+            .max(labels),
+        )
+    x = model.encoder(
+        batch.input_ids, jnp.ones((rows, L), bool), key=key, positions=positions
+    )
     logits = model.head(x, model.encoder.words).astype(jnp.float32)
     if "one-hot cross-entropy" not in ways:
         return masked_loss(logits, labels)
-    losses = -(jax.nn.one_hot(labels.T, logits.shape[-1]) * jax.nn.log_softmax(logits)).sum(-1)
+    losses = -(
+        jax.nn.one_hot(labels.T, logits.shape[-1]) * jax.nn.log_softmax(logits)
+    ).sum(-1)
     return (losses * (labels.T > 0)).sum() / (labels > 0).sum()
 
 
 def step_by(ways: Iterable[str], recipe: Recipe) -> Callable:
     """The training step with these of the published ways."""
     from unittest import mock
+
     optimizer = make_optimizer(recipe)
 
     def step(state: State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         dense = nnx.Linear.__call__ if "3-D dense layers" in ways else Dense.__call__
         with mock.patch.object(Dense, "__call__", dense):  # while it is traced
-            value, gradient = jax.value_and_grad(functools.partial(loss_by, ways))(state.model, batch, key)
+            value, gradient = jax.value_and_grad(functools.partial(loss_by, ways))(
+                state.model, batch, key
+            )
         updates, moments = optimizer.update(gradient, state.moments, state.model)
-        return State(state.step + 1, optax.apply_updates(state.model, updates), moments), value
+        return (
+            State(state.step + 1, optax.apply_updates(state.model, updates), moments),
+            value,
+        )
+
     return jax.jit(step, donate_argnums=0)
 
 
@@ -5863,45 +8515,77 @@ def step_by(ways: Iterable[str], recipe: Recipe) -> Callable:
 # published way, with the most memory, more than ours. Each change is timed twice: alone against the published way, and
 # missing alone from ours.
 
+
 # %% tags=["appendix"]
-def factor_speeds(config: Config, recipe: Recipe, repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Steps by the published way, with each change alone, without each change alone, and ours; medians of rounds."""
+def factor_speeds(
+    config: Config, recipe: Recipe, repeats: int = 3
+) -> dict[str, dict[str, float]]:
+    """Steps by the published way, with each change alone, without each change alone,
+    and ours; medians of rounds.
+    """
     kinds = {"the published way": WAYS, "ours": ()}
     kinds |= {f"only {way} changed": tuple(w for w in WAYS if w != way) for way in WAYS}
     kinds |= {f"all but {way} changed": (way,) for way in WAYS}
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
-    rows, programs, seconds, losses = Rows(tokens, config.vocab_size, 4, (0, 2, 3)), {}, {}, {}
+    rows, programs, seconds, losses = (
+        Rows(tokens, config.vocab_size, 4, (0, 2, 3)),
+        {},
+        {},
+        {},
+    )
     for kind, ways in kinds.items():
-        own = replace(config, convolution="fft" if "FFT convolutions" in ways else "auto")
+        own = replace(
+            config, convolution="fft" if "FFT convolutions" in ways else "auto"
+        )
         programs[kind] = step_by(ways, recipe), fresh_state(own, recipe)
     for number, kind, turn in itertools.product(range(repeats + 1), kinds, range(5)):
         step, state = programs[kind]
         start = time.perf_counter()
-        state, loss = jax.block_until_ready(step(state, batch_at(rows, recipe.batch, 0, 5 * number + turn)))
+        state, loss = jax.block_until_ready(
+            step(state, batch_at(rows, recipe.batch, 0, 5 * number + turn))
+        )
         programs[kind] = step, state
         seconds.setdefault(kind, []).append(time.perf_counter() - start)
         losses.setdefault(kind, []).append(float(loss))
-    times = {kind: np.array(found).reshape(-1, 5)[1:].min(1) for kind, found in seconds.items()}
-    return {kind: {"seconds": float(np.median(times[kind])), "loss": losses[kind][-1],
-                   "tokens_per_second": float(recipe.batch * recipe.length / np.median(times[kind])),
-                   "speed": float(np.median(times["the published way"] / times[kind]))} for kind in kinds}
+    times = {
+        kind: np.array(found).reshape(-1, 5)[1:].min(1)
+        for kind, found in seconds.items()
+    }
+    return {
+        kind: {
+            "seconds": float(np.median(times[kind])),
+            "loss": losses[kind][-1],
+            "tokens_per_second": float(
+                recipe.batch * recipe.length / np.median(times[kind])
+            ),
+            "speed": float(np.median(times["the published way"] / times[kind])),
+        }
+        for kind in kinds
+    }
 
 
 # %% [markdown]
 # On two CPU cores, for `mini` with BERT's vocabulary (`data/pretraining-speed.json`):
 
+
 # %% tags=["appendix"]
 @functools.cache
 def factors() -> dict[str, dict[str, float]]:
-    """What `benchmark --published` measured: how many times faster than the published way, by change."""
+    """What `benchmark --published` measured: how many times faster than the published
+    way, by change.
+    """
     return json.loads((DATA / "pretraining-speed.json").read_text())["steps"]
 
 
 @example
 def show_factors():
     for kind, found in factors().items():
-        print(f"{kind:42s}{found['speed']:6.2f} x {found['tokens_per_second']:8,.0f} tokens/s")
+        print(
+            f"{kind:42s}{found['speed']:6.2f} x {found['tokens_per_second']:8,.0f}"
+            " tokens/s"
+        )
+
 
 # %% [markdown]
 # Together the changes make a step nearly three times as fast, `2.5 < factors()["ours"]["speed"] < 3`, at the same loss.
@@ -5918,26 +8602,34 @@ def show_factors():
 # fit, and estimates the time of every operation. `python annotated_bigs.py benchmark --tpu v3` asks for one
 # core of a TPU v3, `v5e` for the chip that Colab lends.
 
+
 # %% tags=["appendix"]
 def choose(table: dict[str, Any], field: str, name: str) -> Any:
     """The entry of a table, or an error that lists the choices.
 
-    >>> choose(SIZES, "size", "huge")
+    >>> choose(SIZES, "size", "huge")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    annotated_bigs.UserError: size: 'huge' does not exist; choose one of tiny, boxed, mini, base, large
+    annotated_bigs.UserError: size: 'huge' does not exist; choose one of tiny, ...
     """
     if name not in table:
-        raise UserError(f"{field}: {name!r} does not exist; choose one of {', '.join(table)}")
+        raise UserError(
+            f"{field}: {name!r} does not exist; choose one of {', '.join(table)}"
+        )
     return table[name]
 
 
 # topology, chips of a host, and memory of a device in GB: one core of a v3, one chip of the others
-TPU_CHIPS = {"v3": ("v3:2x2x1", (2, 2, 1), 16.0), "v4": ("v4:2x2x1", (2, 2, 1), 32.0),
-             "v5e": ("v5e:1x1", (1, 1, 1), 16.0), "v6e": ("v6e:1x1", (1, 1, 1), 32.0)}
+TPU_CHIPS = {
+    "v3": ("v3:2x2x1", (2, 2, 1), 16.0),
+    "v4": ("v4:2x2x1", (2, 2, 1), 32.0),
+    "v5e": ("v5e:1x1", (1, 1, 1), 16.0),
+    "v6e": ("v6e:1x1", (1, 1, 1), 32.0),
+}
 
 
 def tpu_placer(chip: str) -> Callable[[Any], Any]:
-    """Something that turns arrays into descriptions of arrays that lie on one TPU device.
+    """Something that turns arrays into descriptions of arrays that lie on one TPU
+    device.
 
     >>> tpu_placer("v99")
     Traceback (most recent call last):
@@ -5945,43 +8637,85 @@ def tpu_placer(chip: str) -> Callable[[Any], Any]:
     """
     topology, bounds, _ = choose(TPU_CHIPS, "tpu", chip)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("tpu: this needs the TPU compiler; install it with: pip install libtpu")
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_LOG_DIR": "disabled",
-                        "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        raise UserError(
+            "tpu: this needs the TPU compiler; install it with: pip install libtpu"
+        )
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=bounds)
+
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=bounds
+    )
     where = jax.sharding.SingleDeviceSharding(described.devices[0])
-    return lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+    return lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree
+    )
 
 
 # %% [markdown]
 # One large layer, forward and backward, for 16,384 tokens. The compiler's estimate is quoted only where it can be
 # trusted: where the program has no loop and no call to code that the compiler does not see into.
 
+
 # %% tags=["appendix"]
 def layer_on_tpu(chip: str, route: str, L: int, tokens: int = 16384) -> dict[str, Any]:
-    """The compiler's operations, bytes and, where meaningful, seconds of training one large layer on a TPU."""
-    place, config = tpu_placer(chip), variant(replace(large, dtype="bfloat16"), route, L)
-    x = place(jax.ShapeDtypeStruct((L, max(1, tokens // L), config.hidden_size), jnp.bfloat16))
+    """The compiler's operations, bytes and, where meaningful, seconds of training one
+    large layer on a TPU.
+    """
+    place, config = (
+        tpu_placer(chip),
+        variant(replace(large, dtype="bfloat16"), route, L),
+    )
+    x = place(
+        jax.ShapeDtypeStruct((L, max(1, tokens // L), config.hidden_size), jnp.bfloat16)
+    )
     layer = place(jax.eval_shape(lambda: one_layer(config)))
-    compiled = jax.jit(layer_program("layer, training", config)).lower(layer, x).compile()
+    compiled = (
+        jax.jit(layer_program("layer, training", config)).lower(layer, x).compile()
+    )
     cost, text = compiled.cost_analysis(), compiled.as_text()
     opaque = re.findall(r" (while|custom-call|conditional)\(", text)
     seconds = cost.get("optimal_seconds", -1)
-    return {"what": "layer, training", "length": L, "batch": x.shape[1], "route": route,
-            "seconds": seconds if seconds > 0 and not opaque else None, "operations": cost["flops"],
-            "bytes": cost["bytes accessed"], "opaque": sorted(set(opaque)), "gigabytes": planned_gigabytes(compiled)}
+    return {
+        "what": "layer, training",
+        "length": L,
+        "batch": x.shape[1],
+        "route": route,
+        "seconds": seconds if seconds > 0 and not opaque else None,
+        "operations": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "opaque": sorted(set(opaque)),
+        "gigabytes": planned_gigabytes(compiled),
+    }
 
 
-def layers_on_tpu(chip: str, lengths: Iterable[int], routes: Iterable[str] = ROUTES) -> list[dict[str, Any]]:
-    """`layer_on_tpu` for each length and route, with the ratio of seconds to the layer without routing."""
+def layers_on_tpu(
+    chip: str, lengths: Iterable[int], routes: Iterable[str] = ROUTES
+) -> list[dict[str, Any]]:
+    """`layer_on_tpu` for each length and route, with the ratio of seconds to the layer
+    without routing.
+    """
     from tqdm.auto import tqdm
+
     found = []
-    for L, route in tqdm([(L, route) for L in lengths for route in routes], unit="program"):
+    for L, route in tqdm(
+        [(L, route) for L in lengths for route in routes], unit="program"
+    ):
         row = layer_on_tpu(chip, route, L)
-        bare = next((r["seconds"] for r in found if (r["length"], r["route"]) == (L, "none")), row["seconds"])
-        found.append(row | {"ratio": row["seconds"] / bare if row["seconds"] and bare else None})
+        bare = next(
+            (r["seconds"] for r in found if (r["length"], r["route"]) == (L, "none")),
+            row["seconds"],
+        )
+        found.append(
+            row | {"ratio": row["seconds"] / bare if row["seconds"] and bare else None}
+        )
     return found
 
 
@@ -5989,30 +8723,60 @@ def layers_on_tpu(chip: str, lengths: Iterable[int], routes: Iterable[str] = ROU
 # Then whole pretraining steps: the documented run on one core of eight, the same at 4096 tokens, and the
 # quarter of an hour of `recipe_for`.
 
+
 # %% tags=["appendix"]
 def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
-    """Memory of whole training steps on one TPU device, in GB; None where the compiler refuses."""
-    place, documented = tpu_placer(chip), replace(RECIPES["documented"], batch=131, remat=True)
+    """Memory of whole training steps on one TPU device, in GB; None where the compiler
+    refuses.
+    """
+    place, documented = (
+        tpu_placer(chip),
+        replace(RECIPES["documented"], batch=131, remat=True),
+    )
     full = replace(large, dtype="bfloat16")
-    plans = {"documented, large": (full, documented),
-             "documented, large, 4096 tokens": (replace(full, max_position_embeddings=4096),
-                                                replace(documented, batch=4, length=4096)),
-             "quarter-hour, base": recipe_for("tpu")[:2]}
+    plans = {
+        "documented, large": (full, documented),
+        "documented, large, 4096 tokens": (
+            replace(full, max_position_embeddings=4096),
+            replace(documented, batch=4, length=4096),
+        ),
+        "quarter-hour, base": recipe_for("tpu")[:2],
+    }
     found = []
     for what, (config, recipe) in plans.items():
-        state = place(jax.eval_shape(lambda config=config, recipe=recipe: fresh_state(config, recipe)))
+        state = place(
+            jax.eval_shape(
+                lambda config=config, recipe=recipe: fresh_state(config, recipe)
+            )
+        )
         places = -(-20 * recipe.length // 128)  # as many as the authors' shards have
-        batch = place(Batch(*(jax.ShapeDtypeStruct((recipe.batch, width), jnp.int32)
-                              for width in (recipe.length, places, places))))
+        batch = place(
+            Batch(
+                *(
+                    jax.ShapeDtypeStruct((recipe.batch, width), jnp.int32)
+                    for width in (recipe.length, places, places)
+                )
+            )
+        )
         start = time.perf_counter()
         try:
-            gigabytes = planned_gigabytes(make_step(recipe).lower(state, batch).compile())
+            gigabytes = planned_gigabytes(
+                make_step(recipe).lower(state, batch).compile()
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             gigabytes = None
-        found.append({"what": what, "batch": recipe.batch, "length": recipe.length, "gigabytes": gigabytes,
-                      "available": TPU_CHIPS[chip][2], "compile_seconds": time.perf_counter() - start})
+        found.append(
+            {
+                "what": what,
+                "batch": recipe.batch,
+                "length": recipe.length,
+                "gigabytes": gigabytes,
+                "available": TPU_CHIPS[chip][2],
+                "compile_seconds": time.perf_counter() - start,
+            }
+        )
     return found
 
 
@@ -6020,14 +8784,19 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
 def show_tpu():
     for file in ("tpu-v3.json", "tpu-v5e.json"):
         for row in json.loads((DATA / file).read_text())["memory"]:
-            print(f"{file[4:-5]:4s} {row['what']:32s}{row['batch']:4d} x {row['length']:<5d}"
-                  f"{row['gigabytes']:6.1f} of {row['available']:.0f} GB")
+            print(
+                f"{file[4:-5]:4s} {row['what']:32s}{row['batch']:4d} x"
+                f" {row['length']:<5d}{row['gigabytes']:6.1f} of"
+                f" {row['available']:.0f} GB"
+            )
+
 
 # %% [markdown]
 # ## Appendix D. The commands
 #
 # What does each command do beyond calling the rooms? It checks names and chooses defaults. The first needs to
 # know all figures of the document; they are the functions that have a caption.
+
 
 # %% tags=["appendix"]
 def drawings() -> list[Callable]:
@@ -6036,23 +8805,38 @@ def drawings() -> list[Callable]:
     >>> [draw.name for draw in drawings()][:2]
     ['discretization', 'fades']
     """
-    return [value for value in list(globals().values()) if callable(value) and hasattr(value, "caption")]
+    return [
+        value
+        for value in list(globals().values())
+        if callable(value) and hasattr(value, "caption")
+    ]
 
 
-def command_figures(runs: tuple[Path, ...] = (), model: str | None = None, finetuned: str | None = None,
-                    output: Path = RUNS) -> None:
-    """Redraw every figure into figures/; or draw Figures 3 and 4 of a model, or the losses of runs.
+def command_figures(
+    runs: tuple[Path, ...] = (),
+    model: str | None = None,
+    finetuned: str | None = None,
+    output: Path = RUNS,
+) -> None:
+    """Redraw every figure into figures/; or draw Figures 3 and 4 of a model, or the
+    losses of runs.
 
     Args:
-        runs: folders of runs of pretrain, to draw only their losses, beside each other, as losses.png.
+        runs: folders of runs of pretrain, to draw only their losses, beside each other,
+            as losses.png.
         model: folder or hub name of a model, to draw only its kernels, as kernels.png.
-        finetuned: the same model after fine-tuning, to draw what moved, as finetuned.png (the paper's choice of
-            kernels for a model of its size, else the three that moved most).
+        finetuned: the same model after fine-tuning, to draw what moved, as
+            finetuned.png (the paper's choice of kernels for a model of its size, else
+            the three that moved most).
         output: folder for the figures of runs or models.
     """
     if finetuned and model is None:
-        raise UserError("finetuned: give the model before fine-tuning, too, with --model")
-    chosen = ([compare_runs(runs)] if runs else []) + (model_figures(model, finetuned) if model else [])
+        raise UserError(
+            "finetuned: give the model before fine-tuning, too, with --model"
+        )
+    chosen = ([compare_runs(runs)] if runs else []) + (
+        model_figures(model, finetuned) if model else []
+    )
     for draw in chosen:
         show(draw, output)
     if not chosen:
@@ -6063,25 +8847,43 @@ def command_figures(runs: tuple[Path, ...] = (), model: str | None = None, finet
 # %% [markdown]
 # `figures` also draws the loss of any runs beside each other.
 
+
 # %% tags=["appendix"]
 def compare_runs(folders: tuple[Path, ...]) -> Callable:
     """A figure of the losses of several runs, training pale and held-out dark."""
-    @figure(name="losses", alt="Loss against tokens read, a curve for each run.",
-            caption="Loss of " + ", ".join(str(folder) for folder in folders) + ". Drawn by compare_runs.")
+
+    @figure(
+        name="losses",
+        alt="Loss against tokens read, a curve for each run.",
+        caption="Loss of "
+        + ", ".join(str(folder) for folder in folders)
+        + ". Drawn by compare_runs.",
+    )
     def runs_figure():
         drawing, ax = canvas()
         for number, folder in enumerate(folders):
             file, color = folder / "run.json", f"C{number}"
             if not file.exists():
                 raise UserError(f"runs: {folder} holds no run, {file.name} is missing")
-            recipe, history = Recipe(**json.loads(file.read_text())["recipe"]), read_log(folder)
-            for key, style in (("loss", dict(alpha=0.3, lw=0.8)), ("heldout", dict(marker=".", label=str(folder)))):
-                points = [(r["step"] * recipe.batch * recipe.length / 1e6, r[key]) for r in history if key in r]
+            recipe, history = (
+                Recipe(**json.loads(file.read_text())["recipe"]),
+                read_log(folder),
+            )
+            for key, style in (
+                ("loss", dict(alpha=0.3, lw=0.8)),
+                ("heldout", dict(marker=".", label=str(folder))),
+            ):
+                points = [
+                    (r["step"] * recipe.batch * recipe.length / 1e6, r[key])
+                    for r in history
+                    if key in r
+                ]
                 if points:
                     ax.plot(*zip(*points, strict=True), color=color, **style)
         ax.set(xlabel="million tokens", ylabel="nats a masked word")
         ax.legend(frameon=False)
         return drawing
+
     return runs_figure
 
 
@@ -6089,29 +8891,56 @@ def compare_runs(folders: tuple[Path, ...]) -> Callable:
 # Figures 3 and 4 of any model. The paper's Figure 4 shows what layer 14 reads of the future, and layers 18 and 17 of
 # the past.
 
+
 # %% tags=["appendix"]
 def model_figures(model: str, finetuned: str | None) -> list[Callable]:
     """Figure 3 of a model and, with the same model fine-tuned, Figure 4."""
     before = kernels_of(pretrained_model(model))
-    rows = figure(name="kernels", alt="Filled step plots over positions -10 to 10, a row for each layer.",
-                  caption=f"How each layer of {model} reads its surroundings; rows are layers, 0 at the bottom.")
+    rows = figure(
+        name="kernels",
+        alt="Filled step plots over positions -10 to 10, a row for each layer.",
+        caption=(
+            f"How each layer of {model} reads its surroundings; rows are layers, 0 at"
+            " the bottom."
+        ),
+    )
     drawn = [rows(lambda: draw_rows({Path(model).name: before}))]
     if finetuned is not None:
         after = kernels_of(pretrained_model(finetuned))
         if after.shape != before.shape:
-            raise UserError(f"finetuned: {finetuned} has kernels of shape {after.shape}, {model} of {before.shape}; "
-                            "give the same model before and after fine-tuning")
+            raise UserError(
+                f"finetuned: {finetuned} has kernels of shape {after.shape}, {model} of"
+                f" {before.shape}; give the same model before and after fine-tuning"
+            )
         moved = movement(before, after)
-        of_paper = [one for place in ((14, 1), (18, 0), (17, 0)) for one in moved if one[1:] == place]
-        pairs = figure(name="finetuned", alt="Kernels over all positions, before in grey and after in red.",
-                       caption=f"Kernels of {model} (grey) and {finetuned} (red), each scaled to a peak of one.")
-        drawn.append(pairs(lambda: draw_pairs(before, after, of_paper if len(before) == 23 else moved[:3])))
+        of_paper = [
+            one
+            for place in ((14, 1), (18, 0), (17, 0))
+            for one in moved
+            if one[1:] == place
+        ]
+        pairs = figure(
+            name="finetuned",
+            alt="Kernels over all positions, before in grey and after in red.",
+            caption=(
+                f"Kernels of {model} (grey) and {finetuned} (red), each scaled to a"
+                " peak of one."
+            ),
+        )
+        drawn.append(
+            pairs(
+                lambda: draw_pairs(
+                    before, after, of_paper if len(before) == 23 else moved[:3]
+                )
+            )
+        )
     return drawn
 
 
 def pretrained_model(name: str, task: str | None = "masked_lm") -> BiGS:
     """A model for its encoder's sake: no warning if a head is drawn anew."""
     import warnings
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*drawn anew", UserWarning)
         return from_pretrained(name, task)
@@ -6121,23 +8950,34 @@ def pretrained_model(name: str, task: str | None = "masked_lm") -> BiGS:
 # A run is asked to leave by Control-C, or by SIGTERM, which is how a cluster takes its machine back. It saves its
 # state first.
 
+
 # %% tags=["appendix"]
 @contextlib.contextmanager
 def leaving_on_request() -> Iterator[Callable[[], bool]]:
-    """While this holds, the first SIGTERM or SIGINT only sets what the yielded function returns.
+    """While this holds, the first SIGTERM or SIGINT only sets what the yielded function
+    returns.
 
     >>> import signal
-    >>> with leaving_on_request() as asked: before = asked(); signal.raise_signal(signal.SIGTERM); after = asked()
+    >>> with leaving_on_request() as asked:
+    ...     before = asked()
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     after = asked()
     >>> before, after
     (False, True)
     """
     import signal
-    if jax.process_count() > 1:  # each would leave at another step: jax's own handler lets all agree on one
+
+    if (
+        jax.process_count() > 1
+    ):  # each would leave at another step: jax's own handler lets all agree on one
         yield lambda: False
         return
     received = []
     numbers = signal.SIGTERM, signal.SIGINT
-    before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
+    before = [
+        signal.signal(number, lambda number, _: received.append(number))
+        for number in numbers
+    ]
     try:
         yield lambda: bool(received)
     finally:
@@ -6146,7 +8986,9 @@ def leaving_on_request() -> Iterator[Callable[[], bool]]:
 
 
 def join_processes(distributed: str) -> None:
-    """Join the other processes of a run: "auto" on a TPU pod or under a scheduler, else "host:port,count,index"."""
+    """Join the other processes of a run: "auto" on a TPU pod or under a scheduler, else
+    "host:port,count,index".
+    """
     if distributed == "auto":
         jax.distributed.initialize()
     elif distributed:
@@ -6154,7 +8996,10 @@ def join_processes(distributed: str) -> None:
             address, count, index = distributed.split(",")
             jax.distributed.initialize(address, int(count), int(index))
         except ValueError:
-            raise UserError(f"distributed: {distributed!r} is neither auto nor host:port,count,index") from None
+            raise UserError(
+                f"distributed: {distributed!r} is neither auto nor"
+                " host:port,count,index"
+            ) from None
 
 
 # %% [markdown]
@@ -6162,20 +9007,26 @@ def join_processes(distributed: str) -> None:
 # named, or from weights, with theirs; then `--length` may differ from what it was trained on, which is how the paper
 # went from 128 tokens to 512 and 4096. Compiled programs are kept, so that a run that is resumed starts quickly.
 
+
 # %% tags=["appendix"]
 @dataclass(frozen=True)
 class Reading:
     """What a run reads.
 
     Args:
-        corpus: text or JSON-lines files, folders of such, data sets of the hub, or HDF5 shards (the paper: Wikipedia
-            and books, as shards); default: embedded English.
-        heldout: other such texts to measure the loss on; default: one document in sixty-four of the corpus.
+        corpus: text or JSON-lines files, folders of such, data sets of the hub, or HDF5
+            shards (the paper: Wikipedia and books, as shards); default: embedded
+            English.
+        heldout: other such texts to measure the loss on; default: one document in
+            sixty-four of the corpus.
         parts: only the first so many files of a folder, or shards of a data set.
-        vocabulary: file with one piece a line, folder, or name on the hub (the paper: bert-large-uncased);
-            default: that of --model, or one trained on the corpus, in lower case.
-        pieces: word pieces of a vocabulary that is trained on the corpus (the paper's vocabulary has 30,522).
+        vocabulary: file with one piece a line, folder, or name on the hub (the paper:
+            bert-large-uncased); default: that of --model, or one trained on the corpus,
+            in lower case.
+        pieces: word pieces of a vocabulary that is trained on the corpus (the paper's
+            vocabulary has 30,522).
     """
+
     corpus: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
     parts: int | None = None
@@ -6185,7 +9036,11 @@ class Reading:
     def dataset(self, length: int, model: str | None = None) -> Dataset:
         """Tokenizer and rows."""
         if self.vocabulary or model:
-            tokenizer = load_vocabulary(self.vocabulary) if self.vocabulary else load_tokenizer(model)
+            tokenizer = (
+                load_vocabulary(self.vocabulary)
+                if self.vocabulary
+                else load_tokenizer(model)
+            )
         elif self.corpus:
             tokenizer = trained_vocabulary(self.corpus, self.pieces, parts=self.parts)
         else:
@@ -6198,6 +9053,7 @@ class Reading:
 # %% [markdown]
 # The numbers of a recipe can be replaced one by one.
 
+
 # %% tags=["appendix"]
 @dataclass(frozen=True)
 class Changes:
@@ -6208,7 +9064,8 @@ class Changes:
         steps: number of steps (the paper: 100,000 in the documented run).
         batch: rows in a batch (the paper: 760 to 1136).
         learning_rate: its peak (the paper: 2e-4 to 8e-4).
-        accumulate: parts of a batch that are computed one after the other, to save memory.
+        accumulate: parts of a batch that are computed one after the other, to save
+            memory.
         remat: recompute layers in the backward pass, to save memory.
         shard: split parameters and moments among devices.
         log_every: steps between lines of the log.
@@ -6216,6 +9073,7 @@ class Changes:
         save_every: steps between checkpoints.
         keep: checkpoints that stay.
     """
+
     length: int | None = None
     steps: int | None = None
     batch: int | None = None
@@ -6230,82 +9088,140 @@ class Changes:
 
     def of(self, recipe: Recipe, groups: str | None, seed: int) -> Recipe:
         """The recipe with these changes, the named groups and the seed."""
-        given = {field: value for field, value in asdict(self).items() if value is not None}
-        return replace(recipe, seed=seed, **given, **(choose(GROUPS, "groups", groups) if groups else {}))
+        given = {
+            field: value for field, value in asdict(self).items() if value is not None
+        }
+        return replace(
+            recipe,
+            seed=seed,
+            **given,
+            **(choose(GROUPS, "groups", groups) if groups else {}),
+        )
 
 
 # %% [markdown]
 # A run starts from a config, or from a model.
 
+
 # %% tags=["appendix"]
-def model_for(config: Config, model: str | None, length: int, dtype: str) -> tuple[Config, BiGS | None]:
+def model_for(
+    config: Config, model: str | None, length: int, dtype: str
+) -> tuple[Config, BiGS | None]:
     """The config of a run, and the model that it starts from if there is one."""
     if model is None:
         return replace(config, dtype=dtype, max_position_embeddings=length), None
     start = extend(from_pretrained(model, "masked_lm"), length)
     if start.config.vocab_size != config.vocab_size:
-        raise UserError(f"vocabulary: {config.vocab_size} pieces, but {model} has {start.config.vocab_size}; "
-                        "leave it out")
-    start = changed(start, {}, dtype=dtype, mask_padding=True, hidden_dropout_prob=config.hidden_dropout_prob)
+        raise UserError(
+            f"vocabulary: {config.vocab_size} pieces, but {model} has"
+            f" {start.config.vocab_size}; leave it out"
+        )
+    start = changed(
+        start,
+        {},
+        dtype=dtype,
+        mask_padding=True,
+        hidden_dropout_prob=config.hidden_dropout_prob,
+    )
     return start.config, start
 
 
 # %% [markdown]
 # The command:
 
+
 # %% tags=["appendix"]
-def command_pretrain(output: Path, reading: Reading, changes: Changes, size: str = "mini", recipe: str = "documented",
-                     model: str | None = None, groups: str | None = None, precision: str | None = None, seed: int = 0,
-                     resume: bool = False, distributed: str = "", json: Path | None = None) -> None:
+def command_pretrain(
+    output: Path,
+    reading: Reading,
+    changes: Changes,
+    size: str = "mini",
+    recipe: str = "documented",
+    model: str | None = None,
+    groups: str | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    distributed: str = "",
+    json: Path | None = None,
+) -> None:
     """Pretrain a model by masked language modelling.
 
     Args:
         output: folder for checkpoints, log and the finished model.
         size: tiny, boxed, mini, base or large (the paper's, 23 layers of 1024).
-        recipe: documented (the authors' run: 100,000 steps of 1048 x 128), short, medium or full (the paper's 11, 29
-            and 97 billion tokens), longer (their 10,000 steps at 512), demonstration (minutes on a CPU), boxed
-            (hours on a CPU) or quarter-hour.
-        model: folder or hub name of a model to go on from, its size and vocabulary included.
-        groups: published (one rate, decay on the SSMs, too) or annotated (twice the rate, no decay there);
-            default: the recipe's.
-        precision: of products, float32 or bfloat16; default: bfloat16 but on a CPU (the paper: float32).
+        recipe: documented (the authors' run: 100,000 steps of 1048 x 128), short,
+            medium or full (the paper's 11, 29 and 97 billion tokens), longer (their
+            10,000 steps at 512), demonstration (minutes on a CPU), boxed (hours on a
+            CPU) or quarter-hour.
+        model: folder or hub name of a model to go on from, its size and vocabulary
+            included.
+        groups: published (one rate, decay on the SSMs, too) or annotated (twice the
+            rate, no decay there); default: the recipe's.
+        precision: of products, float32 or bfloat16; default: bfloat16 but on a CPU (the
+            paper: float32).
         seed: decides the start, the masks and the order of the text.
         resume: go on with the run in the output folder, if there is one.
-        distributed: auto on a TPU pod, or host:port,count,index for each of several processes.
-        json: also add the log of the finished run to this file, under the name of the output folder.
+        distributed: auto on a TPU pod, or host:port,count,index for each of several
+            processes.
+        json: also add the log of the finished run to this file, under the name of the
+            output folder.
     """
-    config, plan = choose(SIZES, "size", size), changes.of(choose(RECIPES, "recipe", recipe), groups, seed)
+    config, plan = (
+        choose(SIZES, "size", size),
+        changes.of(choose(RECIPES, "recipe", recipe), groups, seed),
+    )
     choose({"float32": 0, "bfloat16": 0, None: 0}, "precision", precision)
     join_processes(distributed)
-    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({jax.default_backend()})", file=sys.stderr)
+    print(
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+        f" ({jax.default_backend()})",
+        file=sys.stderr,
+    )
     jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").resolve()))
     data = reading.dataset(plan.length, model)
     dtype = precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, start = model_for(replace(config, vocab_size=len(data.tokenizer)), model, plan.length, dtype)
+    config, start = model_for(
+        replace(config, vocab_size=len(data.tokenizer)), model, plan.length, dtype
+    )
     with leaving_on_request() as asked:
         run = pretrain(config, plan, data, output, resume, start, asked)
     last = run.history[-1]
     if last["step"] < plan.steps:
-        print(f"{output}: stopped at step {last['step']} of {plan.steps}; go on with --resume")
+        print(
+            f"{output}: stopped at step {last['step']} of {plan.steps}; go on with"
+            " --resume"
+        )
         raise SystemExit(143)  # as after a SIGTERM that nobody caught
     print(f"{output}: held-out loss {last['heldout']:.3f} after {plan.steps} steps")
     if json is not None:
-        about = {"size": model or size, "parameters": parameters(config), "vocabulary": config.vocab_size,
-                 "text": data.source, "rows": len(data.train.tokens)}
-        keep_results(json, **{output.name: about | {"recipe": asdict(plan), "history": run.history}})
+        about = {
+            "size": model or size,
+            "parameters": parameters(config),
+            "vocabulary": config.vocab_size,
+            "text": data.source,
+            "rows": len(data.train.tokens),
+        }
+        keep_results(
+            json,
+            **{output.name: about | {"recipe": asdict(plan), "history": run.history}},
+        )
 
 
 # %% [markdown]
 # What a run has reached can be taken out at any time.
 
+
 # %% tags=["appendix"]
 def command_export(run: Path, output: Path, compact: bool = False) -> None:
-    """Write the last checkpoint of a run, finished or not, as a model in the published format.
+    """Write the last checkpoint of a run, finished or not, as a model in the published
+    format.
 
     Args:
         run: folder of a run of pretrain; it may still be going on.
         output: folder for the model.
-        compact: matrices in bfloat16; half the size, but the authors' code reads float32 only.
+        compact: matrices in bfloat16; half the size, but the authors' code reads
+            float32 only.
     """
     *_, (step, model) = states_of(run)
     export(model, output, compact)
@@ -6317,16 +9233,25 @@ def command_export(run: Path, output: Path, compact: bool = False) -> None:
 # And what a model's kernels are and are worth can be measured, [as was done](#a-model-in-the-box) for the model in the
 # box.
 
+
 # %% tags=["appendix"]
-def command_inspect(model: str = str(BOXED), finetuned: str | None = None, run: Path | None = None,
-                    heldout: tuple[str, ...] = (), output: Path | None = None) -> None:
-    """Read a model's kernels: where they look, what moved them, and what the model loses without them.
+def command_inspect(
+    model: str = str(BOXED),
+    finetuned: str | None = None,
+    run: Path | None = None,
+    heldout: tuple[str, ...] = (),
+    output: Path | None = None,
+) -> None:
+    """Read a model's kernels: where they look, what moved them, and what the model
+    loses without them.
 
     Args:
-        model: folder or hub name of a model with SSMs; default: the model in data/bigs-mini.
+        model: folder or hub name of a model with SSMs; default: the model in
+            data/bigs-mini.
         finetuned: the same model after fine-tuning.
         run: the run of pretrain that made it, for the start and the way.
-        heldout: texts that it has not read, to measure the loss on, with all kernels and without.
+        heldout: texts that it has not read, to measure the loss on, with all kernels
+            and without.
         output: folder for kernels.npz and reading.json.
     """
     network, tokenizer = from_pretrained(model, "masked_lm"), load_tokenizer(model)
@@ -6334,13 +9259,24 @@ def command_inspect(model: str = str(BOXED), finetuned: str | None = None, run: 
     if finetuned:
         found["finetuned"] = kernels_of(pretrained_model(finetuned))
     print_reading(found.get("start"), found["pretrained"])
-    way = [found[name] for name in ("tokens", "spread", "sizes")] if run else [[], [], []]
+    way = (
+        [found[name] for name in ("tokens", "spread", "sizes")] if run else [[], [], []]
+    )
     for tokens, spread, sizes in zip(*way, strict=True):
-        print(f"{tokens / 1e6:8,.1f} million tokens: the output spreads by {spread:,.1f}; W_o of the layers "
-              + ", ".join(f"{size:.3f}" for size in sizes))
-    for change, layer, side in movement(found["pretrained"], found["finetuned"])[:3] if finetuned else []:
-        print(f"layer {layer}, {('forward', 'backward')[side]}: {finetuned} moved it by {change:.1%} of its norm")
-    losses = {Path(text).name: losses_without(network, tokenizer, text) for text in heldout}
+        print(
+            f"{tokens / 1e6:8,.1f} million tokens: the output spreads by {spread:,.1f};"
+            " W_o of the layers " + ", ".join(f"{size:.3f}" for size in sizes)
+        )
+    for change, layer, side in (
+        movement(found["pretrained"], found["finetuned"])[:3] if finetuned else []
+    ):
+        print(
+            f"layer {layer}, {('forward', 'backward')[side]}: {finetuned} moved it by"
+            f" {change:.1%} of its norm"
+        )
+    losses = {
+        Path(text).name: losses_without(network, tokenizer, text) for text in heldout
+    }
     if losses:
         print_silenced(losses)
     if output is not None:
@@ -6354,11 +9290,20 @@ def command_inspect(model: str = str(BOXED), finetuned: str | None = None, run: 
 # %% [markdown]
 # What each choice is worth:
 
+
 # %% tags=["appendix"]
-def command_compare(reading: Reading, size: str = "tiny", variants: tuple[str, ...] = tuple(VARIANTS), seeds: int = 3,
-                    steps: int = 500, batch: int = 32, output: Path = RUNS / "compare",
-                    json: Path | None = None) -> None:
-    """Pretrain variants of one recipe with several seeds and compare their held-out losses; resumes if killed.
+def command_compare(
+    reading: Reading,
+    size: str = "tiny",
+    variants: tuple[str, ...] = tuple(VARIANTS),
+    seeds: int = 3,
+    steps: int = 500,
+    batch: int = 32,
+    output: Path = RUNS / "compare",
+    json: Path | None = None,
+) -> None:
+    """Pretrain variants of one recipe with several seeds and compare their held-out
+    losses; resumes if killed.
 
     Args:
         size: tiny, boxed, mini, base or large.
@@ -6378,12 +9323,23 @@ def command_compare(reading: Reading, size: str = "tiny", variants: tuple[str, .
     print_variants(losses)
     if json is not None:
         epochs = recipe.tokens / (len(data.train.tokens) * recipe.length)
-        names = ", ".join(Path(source).name for source in reading.corpus) or "embedded English"
-        keep_results(json, losses=losses, corpus=names, size=size, tokens=recipe.tokens, epochs=round(epochs, 2))
+        names = (
+            ", ".join(Path(source).name for source in reading.corpus)
+            or "embedded English"
+        )
+        keep_results(
+            json,
+            losses=losses,
+            corpus=names,
+            size=size,
+            tokens=recipe.tokens,
+            epochs=round(epochs, 2),
+        )
 
 
 # %% [markdown]
 # Filling masks:
+
 
 # %% tags=["appendix"]
 def command_fill_mask(text: str, /, model: str = str(BOXED), top: int = 10) -> None:
@@ -6391,18 +9347,26 @@ def command_fill_mask(text: str, /, model: str = str(BOXED), top: int = 10) -> N
 
     Args:
         text: a text with at least one [MASK].
-        model: folder or hub name, e.g. JunxiongWang/BiGS_128; default: the model in data/bigs-mini.
+        model: folder or hub name, e.g. JunxiongWang/BiGS_128; default: the model in
+            data/bigs-mini.
         top: how many words.
     """
     import warnings
+
     if top < 1:
         raise UserError(f"top: {top} is not positive")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*drawn anew", UserWarning)
-            network, tokenizer = from_pretrained(model, "masked_lm"), load_tokenizer(model)
+            network, tokenizer = (
+                from_pretrained(model, "masked_lm"),
+                load_tokenizer(model),
+            )
     except UserWarning:
-        raise UserError(f"{model}: this model has no head for masked words; give one that was pretrained") from None
+        raise UserError(
+            f"{model}: this model has no head for masked words; give one that was"
+            " pretrained"
+        ) from None
     for number, words in enumerate(fill_mask(network, tokenizer, text, top), 1):
         print(f"[MASK] {number}")
         for word, p in words:
@@ -6412,84 +9376,154 @@ def command_fill_mask(text: str, /, model: str = str(BOXED), top: int = 10) -> N
 # %% [markdown]
 # Fine-tuning:
 
+
 # %% tags=["appendix"]
 @dataclass(frozen=True)
 class Grid:
-    """Settings of fine-tuning; with several values of one, the best combination is searched first.
+    """Settings of fine-tuning; with several values of one, the best combination is
+    searched first.
 
     Args:
-        learning_rate: its peak (the paper: 1e-5 to 6e-5); default: 3e-5 at a width of 1024, in inverse proportion.
+        learning_rate: its peak (the paper: 1e-5 to 6e-5); default: 3e-5 at a width of
+            1024, in inverse proportion.
         weight_decay: of all but biases and scales (the paper: 0.01 or 0.1).
         batch: examples in a batch (the paper: 16 or 32).
         epochs: times that the training set is read (the paper: 3, 5 or 8).
     """
+
     learning_rate: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
     batch: tuple[int, ...] = ()
     epochs: tuple[int, ...] = ()
 
     def tunings(self, search: bool, width: int, **changes: Any) -> list[Tuning]:
-        """All combinations; what is not given is usual, or the paper's whole grid where that is to be searched."""
+        """All combinations; what is not given is usual, or the paper's whole grid where
+        that is to be searched.
+        """
         usual = asdict(Tuning(learning_rate=3e-5 * 1024 / width))
-        given = [getattr(self, field) or (GRID[field] if search else (usual[field],)) for field in GRID]
-        return [Tuning(**dict(zip(GRID, values, strict=True)), **changes) for values in itertools.product(*given)]
+        given = [
+            getattr(self, field) or (GRID[field] if search else (usual[field],))
+            for field in GRID
+        ]
+        return [
+            Tuning(**dict(zip(GRID, values, strict=True)), **changes)
+            for values in itertools.product(*given)
+        ]
 
 
 # %% [markdown]
 # A task starts from the model, or from the one of the task before.
 
+
 # %% tags=["appendix"]
 def starting_point(model: str, start: str | None, name: str, output: Path) -> str:
-    """The folder that a task starts from: the model, or, for some tasks, one fine-tuned on another task."""
+    """The folder that a task starts from: the model, or, for some tasks, one fine-tuned
+    on another task.
+    """
     after = GLUE[name].after
     if after and start:
         return start
-    return str(output / after) if after and (output / after / "config.json").exists() else model
+    return (
+        str(output / after)
+        if after and (output / after / "config.json").exists()
+        else model
+    )
 
 
 # %% [markdown]
 # Its folder belongs to one model, one text and one grid.
 
+
 # %% tags=["appendix"]
-def finetuned_task(name: str, splits: dict[str, Texts], origin: str, grid: Grid, search: bool, freeze_kernels: bool,
-                   variants: tuple[str, ...], seeds: int, output: Path) -> dict[str, Any]:
-    """The runs of one task in its folder, which belongs to one model, text and grid; their `summary`."""
+def finetuned_task(
+    name: str,
+    splits: dict[str, Texts],
+    origin: str,
+    grid: Grid,
+    search: bool,
+    freeze_kernels: bool,
+    variants: tuple[str, ...],
+    seeds: int,
+    output: Path,
+) -> dict[str, Any]:
+    """The runs of one task in its folder, which belongs to one model, text and grid;
+    their `summary`.
+    """
     network, tokenizer = pretrained_model(origin, None), load_tokenizer(origin)
-    tunings = grid.tunings(search, network.config.hidden_size, freeze_kernels=freeze_kernels)
-    weights = fingerprint(*(zlib.crc32(np.asarray(leaf).tobytes()) for _, leaf in named_parameters(network)))
-    whole = lambda texts: f"{texts.texts} {None if texts.labels is None else texts.labels.tolist()}"
+    tunings = grid.tunings(
+        search, network.config.hidden_size, freeze_kernels=freeze_kernels
+    )
+    weights = fingerprint(
+        *(
+            zlib.crc32(np.asarray(leaf).tobytes())
+            for _, leaf in named_parameters(network)
+        )
+    )
+
+    def whole(texts):
+        return (
+            f"{texts.texts} {None if texts.labels is None else texts.labels.tolist()}"
+        )
+
     data = fingerprint(*(f"{split} {whole(texts)}" for split, texts in splits.items()))
-    settings = {"model": {"model": f"{Path(origin).name} ({weights})"}, "data": {"data": data},
-                "grid": {field: sorted({asdict(tuning)[field] for tuning in tunings}) for field in asdict(tunings[0])}}
+    settings = {
+        "model": {"model": f"{Path(origin).name} ({weights})"},
+        "data": {"data": data},
+        "grid": {
+            field: sorted({asdict(tuning)[field] for tuning in tunings})
+            for field in asdict(tunings[0])
+        },
+    }
     with claimed(output / name, settings, True):
-        tuning = searched(name, splits, network, tokenizer, tunings, variants, output / name)
-        records = run_task(name, splits, network, tokenizer, tuning, variants, seeds, output / name)
+        tuning = searched(
+            name, splits, network, tokenizer, tunings, variants, output / name
+        )
+        records = run_task(
+            name, splits, network, tokenizer, tuning, variants, seeds, output / name
+        )
     return {"model": origin} | summary(name, records, splits)
 
 
 # %% [markdown]
 # The command goes from task to task.
 
+
 # %% tags=["appendix"]
-def command_finetune(output: Path, grid: Grid, task: tuple[str, ...] = ("pairs",), model: str = str(BOXED),
-                     data: Path | None = None, seeds: int = 1, start: str | None = None, search: bool = False,
-                     freeze_kernels: bool = False, variants: tuple[str, ...] = ("pretrained",),
-                     json: Path | None = None) -> None:
+def command_finetune(
+    output: Path,
+    grid: Grid,
+    task: tuple[str, ...] = ("pairs",),
+    model: str = str(BOXED),
+    data: Path | None = None,
+    seeds: int = 1,
+    start: str | None = None,
+    search: bool = False,
+    freeze_kernels: bool = False,
+    variants: tuple[str, ...] = ("pretrained",),
+    json: Path | None = None,
+) -> None:
     """Fine-tune a model on tasks of GLUE; finished runs in the output folder are kept.
 
     Args:
         output: folder for models, records of runs, and answers to the test sets.
-        task: mnli, qnli, qqp, rte, sst2, mrpc, cola, stsb, wnli, all, or pairs, which need no download.
-        model: folder or hub name of a pretrained model; default: the model in data/bigs-mini.
+        task: mnli, qnli, qqp, rte, sst2, mrpc, cola, stsb, wnli, all, or pairs, which
+            need no download.
+        model: folder or hub name of a pretrained model; default: the model in
+            data/bigs-mini.
         data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
         seeds: runs of each task (the paper: 6).
-        start: model fine-tuned on mnli, from which rte, mrpc and stsb start; default: that of the output folder.
+        start: model fine-tuned on mnli, from which rte, mrpc and stsb start; default:
+            that of the output folder.
         search: search the paper's grid where no values are given.
         freeze_kernels: leave the SSMs as they are.
-        variants: pretrained, not pretrained, padded (to the full length), frozen kernels; what to compare.
+        variants: pretrained, not pretrained, padded (to the full length), frozen
+            kernels; what to compare.
         json: also write a summary to this file.
     """
-    for field, table, given in (("task", GLUE | {"all": None}, task), ("variants", GLUE_VARIANTS, variants)):
+    for field, table, given in (
+        ("task", GLUE | {"all": None}, task),
+        ("variants", GLUE_VARIANTS, variants),
+    ):
         for name in given:
             choose(table, field, name)
     names = [name for name in GLUE if name in task or "all" in task and name != "pairs"]
@@ -6498,16 +9532,30 @@ def command_finetune(output: Path, grid: Grid, task: tuple[str, ...] = ("pairs",
     jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").resolve()))
     found, texts = {}, {name: task_texts(name, data) for name in names}
     for name, splits in texts.items():
-        if missing := [split for split in ("train", "dev") if not any(s.startswith(split) for s in splits)]:
+        if missing := [
+            split
+            for split in ("train", "dev")
+            if not any(s.startswith(split) for s in splits)
+        ]:
             if len(names) == 1:
-                raise UserError(f"data: there is no {missing[0]} set of {name} in {data or HUB}; fetch it")
-            print(f"{name}: left out, there is no {missing[0]} set in {data or HUB}", file=sys.stderr)
+                raise UserError(
+                    f"data: there is no {missing[0]} set of {name} in {data or HUB};"
+                    " fetch it"
+                )
+            print(
+                f"{name}: left out, there is no {missing[0]} set in {data or HUB}",
+                file=sys.stderr,
+            )
             continue
         origin = starting_point(model, start, name, output)
-        found[name] = finetuned_task(name, splits, origin, grid, search, freeze_kernels, variants, seeds, output)
+        found[name] = finetuned_task(
+            name, splits, origin, grid, search, freeze_kernels, variants, seeds, output
+        )
         keep_results(output / "results.json", **found)
     if not found:
-        raise UserError(f"data: no task has both a train and a dev set in {data or HUB}")
+        raise UserError(
+            f"data: no task has both a train and a dev set in {data or HUB}"
+        )
     print_glue(found)
     if json is not None:
         keep_results(json, **found)
@@ -6516,11 +9564,20 @@ def command_finetune(output: Path, grid: Grid, task: tuple[str, ...] = ("pairs",
 # %% [markdown]
 # And timing:
 
+
 # %% tags=["appendix"]
-def command_benchmark(size: str = "tiny", lengths: tuple[int, ...] = (), tokens: int = 2048, repeats: int = 5,
-                      kinds: tuple[str, ...] = KINDS, json: Path | None = None, tpu: str | None = None,
-                      published: bool = False) -> None:
-    """Time no routing, FFT, Toeplitz, blocks and attention on this device, or estimate them for a TPU.
+def command_benchmark(
+    size: str = "tiny",
+    lengths: tuple[int, ...] = (),
+    tokens: int = 2048,
+    repeats: int = 5,
+    kinds: tuple[str, ...] = KINDS,
+    json: Path | None = None,
+    tpu: str | None = None,
+    published: bool = False,
+) -> None:
+    """Time no routing, FFT, Toeplitz, blocks and attention on this device, or estimate
+    them for a TPU.
 
     Args:
         size: tiny, boxed, mini, base or large (the paper's); with --tpu always large.
@@ -6529,27 +9586,50 @@ def command_benchmark(size: str = "tiny", lengths: tuple[int, ...] = (), tokens:
         repeats: rounds of which the median is taken.
         kinds: what to time; whole models of size large need an accelerator.
         json: also write the results to this file.
-        tpu: compile for one device of a TPU without having one: v3, v4, v5e or v6e (needs the package libtpu).
-        published: time a pretraining step the published way and ours instead, and what each change gains.
+        tpu: compile for one device of a TPU without having one: v3, v4, v5e or v6e
+            (needs the package libtpu).
+        published: time a pretraining step the published way and ours instead, and what
+            each change gains.
     """
-    config, lengths = choose(SIZES, "size", size), lengths or tuple(2**k for k in range(7, 14))
+    config, lengths = (
+        choose(SIZES, "size", size),
+        lengths or tuple(2**k for k in range(7, 14)),
+    )
     for kind in kinds:
         choose({kind: kind for kind in KINDS}, "kinds", kind)
     if min(*lengths, tokens, repeats) < 1:
         raise UserError("lengths, tokens, repeats: must be at least 1")
     if published:
         recipe = Recipe(batch=max(1, tokens // 128))
-        results = {"size": size, "batch": recipe.batch, "steps": factor_speeds(config, recipe, repeats)}
+        results = {
+            "size": size,
+            "batch": recipe.batch,
+            "steps": factor_speeds(config, recipe, repeats),
+        }
         for kind, found in results["steps"].items():
-            print(f"{kind:42s}{found['speed']:6.2f} x {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}")
+            print(
+                f"{kind:42s}{found['speed']:6.2f} x"
+                f" {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}"
+            )
     elif tpu is not None:
         results = {"rows": layers_on_tpu(tpu, lengths), "memory": steps_on_tpu(tpu)}
         for row in results["memory"]:
-            print(f"{row['what']:32s}" + ("does not fit" if row["gigabytes"] is None else
-                                          f"{row['gigabytes']:6.2f} of {row['available']:.0f} GB"))
+            print(
+                f"{row['what']:32s}"
+                + (
+                    "does not fit"
+                    if row["gigabytes"] is None
+                    else f"{row['gigabytes']:6.2f} of {row['available']:.0f} GB"
+                )
+            )
     else:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        results = {"size": size, "rows": benchmark(replace(config, dtype=dtype), lengths, tokens, repeats, kinds)}
+        results = {
+            "size": size,
+            "rows": benchmark(
+                replace(config, dtype=dtype), lengths, tokens, repeats, kinds
+            ),
+        }
     if not published:
         print_benchmark(results["rows"])
     if json is not None:
@@ -6561,9 +9641,16 @@ def command_benchmark(size: str = "tiny", lengths: tuple[int, ...] = (), tokens:
 # traceback, with exit status 2.
 
 # %% tags=["appendix"]
-COMMANDS = {"figures": command_figures, "pretrain": command_pretrain, "export": command_export,
-            "inspect": command_inspect, "compare": command_compare, "finetune": command_finetune,
-            "fill-mask": command_fill_mask, "benchmark": command_benchmark}
+COMMANDS = {
+    "figures": command_figures,
+    "pretrain": command_pretrain,
+    "export": command_export,
+    "inspect": command_inspect,
+    "compare": command_compare,
+    "finetune": command_finetune,
+    "fill-mask": command_fill_mask,
+    "benchmark": command_benchmark,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -6574,10 +9661,15 @@ def main(arguments: list[str] | None = None) -> None:
     SystemExit: 2
     """
     import tyro
+
     keep_memory()
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="annotated_bigs.py", args=arguments,
-                                             config=(tyro.conf.OmitArgPrefixes,))
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="annotated_bigs.py",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -6588,22 +9680,31 @@ def main(arguments: list[str] | None = None) -> None:
 #
 # What lies where now, and how long did each part take?
 
+
 # %% tags=["appendix"]
 @example
 def what_was_made():
-    rows = [("embedded English", describe_english, "in memory"),
-            ("vocabulary, masked rows", describe_batch, "runs/tiny/tokenizer.json"),
-            ("pretrained model", live, "runs/tiny/flax_model.msgpack"),
-            ("fine-tuned models, accuracies", compare_pairs, "data/tiny.json"),
-            ("Figure 3", draw_kernels, "figures/kernels.png"),
-            ("Figure 4", draw_finetuned, "figures/finetuned.png"),
-            ("share of matrix products", measure_step, "data/tiny.json")]
+    rows = [
+        ("embedded English", describe_english, "in memory"),
+        ("vocabulary, masked rows", describe_batch, "runs/tiny/tokenizer.json"),
+        ("pretrained model", live, "runs/tiny/flax_model.msgpack"),
+        ("fine-tuned models, accuracies", compare_pairs, "data/tiny.json"),
+        ("Figure 3", draw_kernels, "figures/kernels.png"),
+        ("Figure 4", draw_finetuned, "figures/finetuned.png"),
+        ("share of matrix products", measure_step, "data/tiny.json"),
+    ]
     named = [function for _, function, _ in rows]
-    others = [f for f in list(globals().values()) if getattr(f, "seconds", None) and f not in named]
+    others = [
+        f
+        for f in list(globals().values())
+        if getattr(f, "seconds", None) and f not in named
+    ]
     for what, function, where in rows:
         print(f"{what:32s}{where:32s}{function.seconds:7.1f} s")
-    print(f"{'the other figures and examples':32s}{'figures/':32s}{sum(f.seconds for f in others):7.1f} s")
+    rest = sum(f.seconds for f in others)
+    print(f"{'the other figures and examples':32s}{'figures/':32s}{rest:7.1f} s")
     print(f"{'everything':64s}{time.perf_counter() - START:7.1f} s")
+
 
 # %% [markdown]
 # Under a command, the command runs now.

@@ -4,14 +4,15 @@ import importlib.util
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tests compile hundreds of small programs and run each once: compile fast rather than well.
+# Tests compile hundreds of small programs and run each once: compile fast rather than
+# well.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
 
-# Must stand before the document's first import: from then on every array annotation of the
-# document, such as Float[Array, "L d"], is checked at each call.
+# Must stand before the document's first import: from then on every array annotation of
+# the document, such as Float[Array, "L d"], is checked at each call.
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
@@ -19,7 +20,9 @@ if importlib.util.find_spec("beartype"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption(
+        "--slow", action="store_true", help="run the tests marked slow, too"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,6 +34,6 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def highest_precision():
-    """On a TPU a float32 matrix product multiplies in bfloat16 unless told otherwise."""
+    """On a TPU float32 products multiply in bfloat16 unless told otherwise."""
     with jax.default_matmul_precision("highest"):
         yield

@@ -1,7 +1,8 @@
 """Execute annotated_bigs.py into annotated_bigs.ipynb: `python page/notebook.py`.
 
-Two builds on one machine differ only in what the document measures: cells get their names
-from their sources, progress bars (stderr) are left out, and so is what an editor would add.
+Two builds on one machine differ only in what the document measures: cells get their
+names from their sources, progress bars (stderr) are left out, and so is what an editor
+would add.
 """
 
 import argparse
@@ -19,7 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def name_cells(notebook) -> None:
-    """Give each cell an id made of its source (and of how often the source came before)."""
+    """Give each cell an id made of its source (and of how often the source came
+    before).
+    """
     seen = Counter()
     for cell in notebook.cells:
         text = f"{cell.cell_type}\n{cell.source}"
@@ -28,7 +31,9 @@ def name_cells(notebook) -> None:
 
 
 def anchor_headings(notebook) -> None:
-    """Put before every heading the id that GitHub gives it; Jupyter and Colab make up others, or none."""
+    """Put before every heading the id that GitHub gives it; Jupyter and Colab make up
+    others, or none.
+    """
     seen = Counter()
 
     def anchor(heading: re.Match) -> str:
@@ -42,29 +47,42 @@ def anchor_headings(notebook) -> None:
 
 
 def is_kept(output) -> bool:
-    """Neither what went to stderr nor a widget that lives only as long as its kernel."""
+    """Neither what went to stderr nor a widget, which dies with its kernel."""
     is_widget = any("jupyter.widget" in kind for kind in output.get("data", {}))
     return output.get("name") != "stderr" and not is_widget
 
 
 def strip(notebook) -> None:
-    """Leave of the metadata only the cells' tags, and what images say of themselves (alt)."""
+    """Leave of the metadata only the cells' tags, and what images say of themselves
+    (alt).
+    """
     for cell in notebook.cells:
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        cell.metadata = {
+            key: value for key, value in cell.metadata.items() if key == "tags"
+        }
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if is_kept(output)]
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
 
 
 def reuse(notebook, target: pathlib.Path) -> None:
     """Take the outputs of the last build; only prose may have changed since."""
-    old = [c for c in nbformat.read(target, as_version=4).cells if c.cell_type == "code"]
+    old = [
+        c for c in nbformat.read(target, as_version=4).cells if c.cell_type == "code"
+    ]
     new = [c for c in notebook.cells if c.cell_type == "code"]
     if [c.source for c in old] != [c.source for c in new]:
-        raise SystemExit(f"{target.name}: code has changed since the last build; build without --text")
+        raise SystemExit(
+            f"{target.name}: code has changed since the last build; build without"
+            " --text"
+        )
     for fresh, built in zip(new, old, strict=True):
         fresh.outputs, fresh.execution_count = built.outputs, built.execution_count
 
@@ -81,8 +99,12 @@ def execute(notebook, source: pathlib.Path, timeout: int) -> None:
     ).execute()
 
 
-def build(source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool = False) -> None:
-    """Write `target` only once every cell of `source` has run, or, for `text`, has its old output."""
+def build(
+    source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool = False
+) -> None:
+    """Write `target` only once every cell of `source` has run, or, for `text`, has its
+    old output.
+    """
     notebook = jupytext.read(source, fmt="py:percent")
     name_cells(notebook)
     if text:
@@ -95,7 +117,10 @@ def build(source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool =
     unfinished = target.with_suffix(".unfinished")
     nbformat.write(notebook, unfinished)
     os.replace(unfinished, target)
-    print(f"{target.name}: {len(notebook.cells)} cells, {target.stat().st_size // 1024} KiB")
+    print(
+        f"{target.name}: {len(notebook.cells)} cells,"
+        f" {target.stat().st_size // 1024} KiB"
+    )
 
 
 if __name__ == "__main__":
@@ -103,9 +128,15 @@ if __name__ == "__main__":
     parser.add_argument(
         "source", type=pathlib.Path, nargs="?", default=ROOT / "annotated_bigs.py"
     )
-    parser.add_argument("target", type=pathlib.Path, nargs="?", help="default: beside source")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds a cell may take")
-    parser.add_argument("--text", action="store_true", help="only prose changed: keep the outputs")
+    parser.add_argument(
+        "target", type=pathlib.Path, nargs="?", help="default: beside source"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=1800, help="seconds a cell may take"
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="only prose changed: keep the outputs"
+    )
     arguments = parser.parse_args()
     target = arguments.target or arguments.source.with_suffix(".ipynb")
     build(arguments.source, target, arguments.timeout, arguments.text)

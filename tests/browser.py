@@ -1,4 +1,6 @@
-"""A chromium without a window and without a network, driven over two pipes by the DevTools protocol."""
+"""A chromium without a window and without a network, driven over two pipes by the
+DevTools protocol.
+"""
 
 import json
 import os
@@ -9,9 +11,19 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars"),
+    *(
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-pipe",
+        "--hide-scrollbars",
+    ),
     "--disable-dev-shm-usage",
-    *("--no-first-run", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"),
+    *(
+        "--no-first-run",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ),
 )
 
 
@@ -28,13 +40,30 @@ class Browser:
         (reads, self.commands), (self.answers, writes) = os.pipe(), os.pipe()
         # The protocol wants the file descriptors 3 and 4.
         line = f'exec "$@" 3<&{reads} 4>&{writes}'
-        command = ["bash", "-c", line, "-", executable(), *OPTIONS, f"--user-data-dir={self.profile}", "about:blank"]
-        self.process = subprocess.Popen(command, pass_fds=(reads, writes), stderr=subprocess.DEVNULL)
+        command = [
+            "bash",
+            "-c",
+            line,
+            "-",
+            executable(),
+            *OPTIONS,
+            f"--user-data-dir={self.profile}",
+            "about:blank",
+        ]
+        self.process = subprocess.Popen(
+            command, pass_fds=(reads, writes), stderr=subprocess.DEVNULL
+        )
         os.close(reads)
         os.close(writes)
         self.last, self.session, self.rest, self.events = 0, None, b"", []
-        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        target = next(
+            t
+            for t in self.call("Target.getTargets")["targetInfos"]
+            if t["type"] == "page"
+        )
+        attached = self.call(
+            "Target.attachToTarget", targetId=target["targetId"], flatten=True
+        )
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -75,23 +104,35 @@ class Browser:
         """Load a file from disk and wait until it is there, fonts too."""
         self.events.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        while not any(
+            event.get("method") == "Page.loadEventFired" for event in self.events
+        ):
             self.events.append(self.receive())
         self.run("document.fonts.ready.then(() => 0)")
 
     def look(self, width: int, dark: bool, height: int = 900) -> None:
         """Take a screen of this width, by day or by night."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def run(self, script: str):
         """The value of a JavaScript expression, awaited."""
-        done = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        done = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in done:
             raise RuntimeError(done["exceptionDetails"])
         return done["result"].get("value")
 
     def reported(self, *methods: str) -> list[dict]:
         """Parameters of the events of these kinds since the page was opened."""
-        return [event["params"] for event in self.events if event.get("method") in methods]
+        return [
+            event["params"] for event in self.events if event.get("method") in methods
+        ]

@@ -1,6 +1,7 @@
 """How the tests read the document: its cells, its prose, and what is wrong with them.
 
-Every checker takes a `Document` and returns complaints, a list of lines; none means all is well.
+Every checker takes a `Document` and returns complaints, a list of lines; none means all
+is well.
 """
 
 import ast
@@ -19,7 +20,14 @@ from urllib.parse import unquote, urlsplit
 import jupytext
 
 LAST_ROOM = 16
-FOLDED = (2, 8, 9, 12, 13, 14)  # rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
+FOLDED = (
+    2,
+    8,
+    9,
+    12,
+    13,
+    14,
+)  # rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GIVEN = {*vars(builtins), "__file__", "__name__", "__doc__"}  # without being defined
@@ -56,15 +64,13 @@ class Document:
     def prose(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == "markdown"]
 
-    @property
-    def main_line(self) -> list[Cell]:
-        return [cell for cell in self.code if cell.room <= LAST_ROOM and "appendix" not in cell.tags]
-
 
 def read(text: str, root: Path) -> Document:
     """Cut a py:percent script into cells, each with its room."""
     room, cells = -1, []
-    markers = [n for n, line in enumerate(text.splitlines(), 1) if line.startswith("# %%")]
+    markers = [
+        n for n, line in enumerate(text.splitlines(), 1) if line.startswith("# %%")
+    ]
     found = jupytext.reads(text, "py:percent").cells
     for line, cell in zip(markers, found, strict=True):
         if cell.cell_type == "markdown":
@@ -83,12 +89,16 @@ def read(text: str, root: Path) -> Document:
 
 def without_fences(markdown: str) -> str:
     """The text without fenced code, whose lines become empty."""
-    return re.sub(r"^(```|~~~).*?^\1[^\n]*$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^(```|~~~).*?^\1[^\n]*$", "", markdown, flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def plain(markdown: str) -> str:
     """The text without any code: no fences, no spans."""
-    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "CODE", without_fences(markdown), flags=re.DOTALL)
+    return re.sub(
+        r"(`+)(?!`).+?(?<!`)\1(?!`)", "CODE", without_fences(markdown), flags=re.DOTALL
+    )
 
 
 def without_formulas(markdown: str) -> str:
@@ -98,13 +108,17 @@ def without_formulas(markdown: str) -> str:
 
 def spans(markdown: str) -> list[str]:
     """What stands between backticks, on one line."""
-    found = re.finditer(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", without_fences(markdown), re.DOTALL)
+    found = re.finditer(
+        r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", without_fences(markdown), re.DOTALL
+    )
     return [" ".join(match[2].split()) for match in found]
 
 
 def headings_of(markdown: str, level: int | None = None) -> list[tuple[int, str]]:
     found = re.findall(r"^(#{1,6}) +(.+?) *#*$", without_fences(markdown), re.MULTILINE)
-    return [(len(marks), title) for marks, title in found if level in (None, len(marks))]
+    return [
+        (len(marks), title) for marks, title in found if level in (None, len(marks))
+    ]
 
 
 def slugs(document: Document) -> set[str]:
@@ -120,11 +134,17 @@ def slugs(document: Document) -> set[str]:
 
 
 def links(markdown: str) -> list[tuple[bool, str, str, str]]:
-    """(is an image, text or alt, target, title) of every inline link, image and bare address."""
+    """(is an image, text or alt, target, title) of every inline link, image and bare
+    address.
+    """
     text = without_formulas(markdown)
-    inline = r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\s*<?([^)>"]*?)>?(?:\s+"([^"]*)")?\s*\)'
+    inline = (
+        r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\s*<?([^)>"]*?)>?(?:\s+"([^"]*)")?\s*\)'
+    )
     matches = list(re.finditer(inline, text))
-    matches += [inner for m in matches for inner in re.finditer(inline, m[2])]  # a linked image
+    matches += [
+        inner for m in matches for inner in re.finditer(inline, m[2])
+    ]  # a linked image
     found = [(bool(m[1]), m[2], m[3].strip(), m[4] or "") for m in matches]
     found += [(False, "", m[1], "") for m in re.finditer(r"<(https?:[^>\s]*)>", text)]
     return found
@@ -146,7 +166,7 @@ def decorators(node: ast.AST) -> set[str]:
 
 
 def docstrings(tree: ast.Module) -> list[tuple[str, str]]:
-    """(name, docstring) of every function, class and method in the tree that has one."""
+    """(name, docstring) of every definition in the tree that has one."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS)]
     return [(node.name, text) for node in nodes if (text := ast.get_docstring(node))]
 
@@ -157,13 +177,17 @@ def examples(docstring: str) -> list[doctest.Example]:
 
 def tables(table: symtable.SymbolTable) -> list[symtable.SymbolTable]:
     """The table of a piece of code and those of all functions and classes in it."""
-    return [table] + [inner for child in table.get_children() for inner in tables(child)]
+    return [table] + [
+        inner for child in table.get_children() for inner in tables(child)
+    ]
 
 
 def bound(source: str) -> set[str]:
     """Names that the code defines at its top (or declares global further in)."""
     top, *inner = tables(symtable.symtable(source, "cell", "exec"))
-    names = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    names = {
+        s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()
+    }
     names |= {s.get_name() for s in top.get_symbols() if s.is_namespace()}
     return names | {
         symbol.get_name()
@@ -174,7 +198,7 @@ def bound(source: str) -> set[str]:
 
 
 def loaded(source: str) -> set[str]:
-    """Names that the code takes from the module: read at its top, or global further in."""
+    """Names that the code takes from the module: at its top, or global further in."""
     top, *inner = tables(symtable.symtable(source, "cell", "exec"))
     names = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
     return names | {
@@ -191,30 +215,20 @@ def figures(document: Document) -> list[tuple[str, str, dict[str, str]]]:
     for cell, node in definitions(document):
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "figure":
-                literal = [k for k in call.keywords if isinstance(k.value, ast.Constant)]
-                found.append((cell.where, node.name, {k.arg: k.value.value for k in literal}))
+                literal = [
+                    k for k in call.keywords if isinstance(k.value, ast.Constant)
+                ]
+                found.append(
+                    (cell.where, node.name, {k.arg: k.value.value for k in literal})
+                )
     return found
-
-
-def code_lines(source: str) -> int:
-    """Lines that are not blank, comment or docstring."""
-    nodes = [ast.parse(source), *ast.walk(ast.parse(source))]
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (*silent, tokenize.ENDMARKER):
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in nodes:
-        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
 
 
 # Checkers: order
 
 
 def check_rooms(document: Document) -> list[str]:
-    """The title comes first; rooms 0 to 16 follow each other, then appendices A, B, ..."""
+    """The title, then rooms 0 to 16 in order, then appendices A, B, ..."""
     titles = [h for cell in document.prose for h in headings_of(cell.source)]
     complaints = []
     if titles[:1] != [(1, "The Annotated BiGS")]:
@@ -227,23 +241,28 @@ def check_rooms(document: Document) -> list[str]:
         complaints.append("a ## heading is neither `N. Title` nor `Appendix X. Title`")
     found = [match[1] for match in numbers if match]
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(0, len(found) - LAST_ROOM - 1)]
-    expected = [f"{n}." for n in range(LAST_ROOM + 1)] + [f"Appendix {x}." for x in letters]
+    expected = [f"{n}." for n in range(LAST_ROOM + 1)] + [
+        f"Appendix {x}." for x in letters
+    ]
     if found != expected:
         complaints.append(f"rooms are {found}, not {expected}")
     return complaints
 
 
 def check_appendix_tags(document: Document) -> list[str]:
-    """Code is tagged `appendix` where it stands behind the last room, and else only in FOLDED rooms."""
+    """Code is tagged `appendix` where it stands behind the last room, and else only in
+    FOLDED rooms.
+    """
     return [
         f"{cell.where}: tags are {list(cell.tags)} in room {cell.room}"
         for cell in document.code
-        if ("appendix" in cell.tags) != (cell.room > LAST_ROOM) and cell.room not in FOLDED
+        if ("appendix" in cell.tags) != (cell.room > LAST_ROOM)
+        and cell.room not in FOLDED
     ]
 
 
 def check_names(document: Document) -> list[str]:
-    """A room uses only names of its own or of earlier rooms, in code and in doctests."""
+    """A room uses only names of its own or earlier rooms, in code and in doctests."""
     home = {}
     for cell in document.code:
         for name in bound(cell.source):
@@ -259,25 +278,24 @@ def check_names(document: Document) -> list[str]:
                 if name not in home and name not in GIVEN:
                     complaints.append(f"{cell.where}: {place}{name} is defined nowhere")
                 elif home.get(name, -1) > cell.room:
-                    complaints.append(f"{cell.where}: {place}{name} comes from room {home[name]}")
+                    complaints.append(
+                        f"{cell.where}: {place}{name} comes from room {home[name]}"
+                    )
     return complaints
 
 
 def check_rhythm(document: Document) -> list[str]:
     """Prose stands between any two code cells."""
     pairs = zip(document.cells, document.cells[1:], strict=False)
-    return [f"{b.where}: code follows code" for a, b in pairs if a.kind == b.kind == "code"]
+    return [
+        f"{b.where}: code follows code" for a, b in pairs if a.kind == b.kind == "code"
+    ]
 
 
 # Checkers: size and manners of code
 
 
-def check_cell_length(document: Document, most: int = 40) -> list[str]:
-    sizes = [(cell, len(cell.source.strip().splitlines())) for cell in document.code]
-    return [f"{cell.where}: a cell of {size} lines" for cell, size in sizes if size > most]
-
-
-def check_line_length(document: Document, most: int = 120) -> list[str]:
+def check_line_length(document: Document, most: int = 88) -> list[str]:
     """Prose may be wider, for the sake of tables; code scrolls on nobody's screen."""
     return [
         f"{cell.where}: {len(line)} columns: {line.strip()}"
@@ -287,28 +305,18 @@ def check_line_length(document: Document, most: int = 120) -> list[str]:
     ]
 
 
-def check_function_length(document: Document, most: int = 30) -> list[str]:
-    """A body, docstring aside, fits a screen, unless the docstring says "Long because"."""
-    complaints = []
-    for cell in document.code:
-        for node in ast.walk(cell.tree):
-            if isinstance(node, FUNCTIONS):
-                text = ast.get_docstring(node) or ""
-                body = node.body[1:] if text else node.body
-                size = node.end_lineno - body[0].lineno + 1 if body else 0
-                if size > most and "Long because" not in text:
-                    complaints.append(f"{cell.where}: {node.name} has {size} lines")
-    return complaints
-
-
-def check_main_line(document: Document, most: int = 1200) -> list[str]:
-    size = sum(code_lines(cell.source) for cell in document.main_line)
-    return [f"the main line has {size} lines of code"] if size > most else []
-
-
 # What takes too long for a doctest; tests/ runs each of them.
 TESTED_AT_LENGTH = {
-    *("tiny_run", "tiny_finetuned", "pretrain", "train", "save", "writing", "restore", "heldout_loss"),
+    *(
+        "tiny_run",
+        "tiny_finetuned",
+        "pretrain",
+        "train",
+        "save",
+        "writing",
+        "restore",
+        "heldout_loss",
+    ),
     *("embedded_english", "tiny_dataset", "pair_task"),
 }
 
@@ -318,12 +326,16 @@ def check_doctests(document: Document, least: int = 60) -> list[str]:
     complaints = []
     for cell, node in definitions(document):
         is_public = not node.name.startswith("_") and cell.room <= LAST_ROOM
-        is_record = isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases)
+        is_record = isinstance(node, ast.ClassDef) and "NamedTuple" in map(
+            ast.unparse, node.bases
+        )
         is_shown = decorators(node) & {"example", "figure"}
         if is_public and not (is_record or is_shown or node.name in TESTED_AT_LENGTH):
             if not ast.get_docstring(node):
                 complaints.append(f"{cell.where}: {node.name} has no docstring")
-            elif not any(examples(text) for _, text in docstrings(ast.Module([node], []))):
+            elif not any(
+                examples(text) for _, text in docstrings(ast.Module([node], []))
+            ):
                 complaints.append(f"{cell.where}: {node.name} has no doctest")
     texts = [text for cell in document.code for _, text in docstrings(cell.tree)]
     count = sum(len(examples(text)) for text in texts)
@@ -337,7 +349,9 @@ def check_imports(document: Document) -> list[str]:
         for node in ast.walk(cell.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names]
-                modules |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+                modules |= {
+                    alias.asname or alias.name.split(".")[0] for alias in node.names
+                }
                 path = ".".join([getattr(node, "module", None) or "", *names])
                 if "*" in names:
                     complaints.append(f"{cell.where}: {ast.unparse(node)}")
@@ -352,16 +366,39 @@ def check_imports(document: Document) -> list[str]:
 
 
 STATEMENTS = (
-    *(ast.Assign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.Return, ast.Raise, ast.Assert),
-    *(ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Pass, ast.Delete, *DEFINITIONS),
+    *(
+        ast.Assign,
+        ast.AugAssign,
+        ast.Import,
+        ast.ImportFrom,
+        ast.Return,
+        ast.Raise,
+        ast.Assert,
+    ),
+    *(
+        ast.For,
+        ast.While,
+        ast.If,
+        ast.With,
+        ast.Try,
+        ast.Pass,
+        ast.Delete,
+        *DEFINITIONS,
+    ),
 )
 
 
 def is_code(comment: str) -> bool:
-    """Would the comment run? A word, a shape such as (L, d) or a formula in words would not."""
+    """Would the comment run? A word, a shape such as (L, d) or a formula in words would
+    not.
+    """
     text = comment.lstrip("# ").rstrip()
-    if text.endswith(":") and re.match(r"(if|for|while|with|def|class|try|else|elif)\b", text):
-        text = re.sub(r"^(else|elif)\b", "if", text).replace("if:", "if True:") + " pass"
+    if text.endswith(":") and re.match(
+        r"(if|for|while|with|def|class|try|else|elif)\b", text
+    ):
+        text = (
+            re.sub(r"^(else|elif)\b", "if", text).replace("if:", "if True:") + " pass"
+        )
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -402,7 +439,9 @@ def check_words(document: Document) -> list[str]:
 
 
 def check_markup(document: Document) -> list[str]:
-    """Dollars pair up as pandoc and GitHub pair them; nothing shows raw; no doctest in prose."""
+    """Dollars pair up as pandoc and GitHub pair them; nothing shows raw; no doctest in
+    prose.
+    """
     complaints = []
     for cell in document.prose:
         if ">>>" in cell.source:
@@ -416,8 +455,12 @@ def check_markup(document: Document) -> list[str]:
             if len(parts) % 2 == 0:
                 complaints.append(f"{cell.where}: unbalanced $ in: {paragraph.strip()}")
             elif any(not p or p != p.strip() for p in parts[1::2]):
-                complaints.append(f"{cell.where}: space beside $ in: {paragraph.strip()}")
-        complaints += [f"{cell.where}: raw {x}" for x in re.findall(r"\[-?@[^\]]*\]?", text)]
+                complaints.append(
+                    f"{cell.where}: space beside $ in: {paragraph.strip()}"
+                )
+        complaints += [
+            f"{cell.where}: raw {x}" for x in re.findall(r"\[-?@[^\]]*\]?", text)
+        ]
     return complaints
 
 
@@ -435,7 +478,9 @@ def check_links(document: Document) -> list[str]:
                 good = bool(path) and (document.root / path).exists()
             if not good:
                 complaints.append(f"{cell.where}: nothing at {target!r}")
-        for broken in re.findall(r"\]\s+\((?:https?:|#)[^)]*\)", without_formulas(cell.source)):
+        for broken in re.findall(
+            r"\]\s+\((?:https?:|#)[^)]*\)", without_formulas(cell.source)
+        ):
             complaints.append(f"{cell.where}: a space breaks the link {broken}")
     return complaints
 
@@ -443,11 +488,17 @@ def check_links(document: Document) -> list[str]:
 def is_address(target: str) -> bool:
     parts = urlsplit(target)
     host = re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", parts.hostname or "")
-    return parts.scheme in ("http", "https") and bool(host) and not re.search(r"[\s<>\"]", target)
+    return (
+        parts.scheme in ("http", "https")
+        and bool(host)
+        and not re.search(r"[\s<>\"]", target)
+    )
 
 
 def check_figures(document: Document, least: int = 30) -> list[str]:
-    """Figures say to who cannot see them what they show, have a caption, and lie in figures/."""
+    """Figures say to who cannot see them what they show, have a caption, and lie in
+    figures/.
+    """
     complaints, names = [], []
     for where, function, literal in figures(document):
         if len(literal.get("alt", "")) < least:
@@ -457,17 +508,22 @@ def check_figures(document: Document, least: int = 30) -> list[str]:
         if not literal.get("name"):
             complaints.append(f"{where}: {function} has no name")
         names.append(literal.get("name"))
-    complaints += [f"two figures are called {name}" for name in set(names) if names.count(name) > 1]
+    complaints += [
+        f"two figures are called {name}" for name in set(names) if names.count(name) > 1
+    ]
     drawn = {f"{name}.png" for name in names}
     there = {path.name for path in (document.root / "figures").glob("[!.]*")}
     complaints += [f"figures/{name} is not there" for name in sorted(drawn - there)]
-    complaints += [f"figures/{name} is drawn by nothing" for name in sorted(there - drawn)]
+    complaints += [
+        f"figures/{name} is drawn by nothing" for name in sorted(there - drawn)
+    ]
     return complaints
 
 
 def check_images(document: Document, least: int = 30) -> list[str]:
-    """Images in prose have an alt text and a caption: a title, or a paragraph that follows
-    in italics or begins with "Figure"."""
+    """Images in prose have an alt text and a caption: a title, or a paragraph that
+    follows in italics or begins with "Figure".
+    """
     complaints = []
     for cell in document.prose:
         if "<img" in plain(cell.source):
@@ -475,7 +531,9 @@ def check_images(document: Document, least: int = 30) -> list[str]:
         for is_image, alt, target, title in links(cell.source):
             is_badge = target.endswith(".svg") and target.startswith("https:")
             if is_image and len(alt) < (1 if is_badge else least):
-                complaints.append(f"{cell.where}: {target} has no alt text worth the name")
+                complaints.append(
+                    f"{cell.where}: {target} has no alt text worth the name"
+                )
             after = cell.source.partition(f"]({target}")[2].partition("\n\n")[2]
             has_caption = title or re.match(r"\W*Figure\b|\*[^*\s]", after)
             if is_image and not is_badge and not has_caption:
@@ -506,14 +564,18 @@ def check_claims(document: Document, namespace: dict) -> list[str]:
         for span in filter(lambda span: is_claim(expression(span)), spans(cell.source)):
             try:
                 value = eval(span, dict(namespace))
-                complaints += [] if bool(value) else [f"{cell.where}: `{span}` is false"]
+                complaints += (
+                    [] if bool(value) else [f"{cell.where}: `{span}` is false"]
+                )
             except Exception as error:
                 complaints.append(f"{cell.where}: `{span}` raises {error!r}")
     return complaints
 
 
 def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
-    """Names inside the document's definitions: (variables, attributes, strings of code)."""
+    """Names inside the document's definitions: (variables, attributes, strings of
+    code).
+    """
     variables, attributes, strings = set(), set(), set()
     for cell in document.code:
         docs = {text for _, text in docstrings(cell.tree)}
@@ -526,7 +588,9 @@ def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
                 attributes.add(node.attr)
             elif isinstance(node, ast.ClassDef):
                 fields = [n.target for n in node.body if isinstance(n, ast.AnnAssign)]
-                attributes |= {field.id for field in fields if isinstance(field, ast.Name)}
+                attributes |= {
+                    field.id for field in fields if isinstance(field, ast.Name)
+                }
                 attributes |= {n.name for n in node.body if isinstance(n, FUNCTIONS)}
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings |= {node.value} - docs
@@ -534,7 +598,9 @@ def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
 
 
 def look_up(path: str, namespace: dict, libraries: set[str]) -> object:
-    """What a dotted name stands for; raises AttributeError, ImportError or KeyError if nothing."""
+    """What a dotted name stands for; raises AttributeError, ImportError or KeyError if
+    nothing.
+    """
     root, *rest = path.split(".")
     if root in namespace:
         value = namespace[root]
@@ -554,13 +620,19 @@ def look_up(path: str, namespace: dict, libraries: set[str]) -> object:
 
 
 def misfit(call: ast.Call, function: object) -> str | None:
-    """Why the call would not fit the function's parameters; f() and f(...) stand for any call."""
+    """Why the call would not fit the function's parameters; f() and f(...) stand for
+    any call.
+    """
     arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
     is_open = any(
         isinstance(a, ast.Starred) or (isinstance(a, ast.Constant) and a.value is ...)
         for a in arguments
     )
-    if not arguments or is_open or any(keyword.arg is None for keyword in call.keywords):
+    if (
+        not arguments
+        or is_open
+        or any(keyword.arg is None for keyword in call.keywords)
+    ):
         return None
     try:
         signature = inspect.signature(function)
@@ -574,9 +646,14 @@ def misfit(call: ast.Call, function: object) -> str | None:
 
 
 def check_spans(
-    document: Document, namespace: dict, libraries: set[str], allowed: frozenset[str] = frozenset()
+    document: Document,
+    namespace: dict,
+    libraries: set[str],
+    allowed: frozenset[str] = frozenset(),
 ) -> list[str]:
-    """A code span that is a name, a dotted name, a call, an option or a path names what exists."""
+    """A code span that is a name, a dotted name, a call, an option or a path names what
+    exists.
+    """
     variables, attributes, strings = vocabulary(document)
     tops = {path.name for path in document.root.iterdir()}
 
@@ -584,16 +661,23 @@ def check_spans(
         if span in allowed or span in strings or (document.root / span).exists():
             return None
         if option := re.match(r"--([a-z][a-z-]*)", span):
-            known = {option[1].replace("-", "_"), option[1].removeprefix("no-").replace("-", "_")}
+            known = {
+                option[1].replace("-", "_"),
+                option[1].removeprefix("no-").replace("-", "_"),
+            }
             return None if known & (variables | attributes) else "is no option"
         if command := re.match(r"(?:\S*python3? )?annotated_bigs\.py ([a-z-]+)", span):
             known = {command[1], command[1].replace("-", "_")}
             return None if known & (strings | set(namespace)) else "is no command"
         if re.fullmatch(r"[\w.-]+(/[\w.*-]*)+", span) and span.split("/")[0] in tops:
-            return "is no file" if not list(document.root.glob(span.rstrip("/"))) else None
+            return (
+                "is no file" if not list(document.root.glob(span.rstrip("/"))) else None
+            )
         node = expression(span)
         target = node.func if isinstance(node, ast.Call) else node
-        path = ast.unparse(target) if isinstance(target, ast.Name | ast.Attribute) else ""
+        path = (
+            ast.unparse(target) if isinstance(target, ast.Name | ast.Attribute) else ""
+        )
         if not re.fullmatch(r"[\w.]+", path):
             return None
         root, *rest = path.split(".")
@@ -601,10 +685,15 @@ def check_spans(
             value = look_up(path, namespace, libraries)
             return misfit(node, value) if isinstance(node, ast.Call) else None
         except (AttributeError, ImportError, KeyError):
-            # A variable stands for any object of the document: its attributes must be known.
+            # A variable stands for any object of the document: its attributes must be
+            # known.
             known = variables | attributes if not rest else variables | {"self"}
             own = root in known and set(rest) <= attributes
             return None if own else "names nothing"
 
     found = [(cell, span) for cell in document.prose for span in spans(cell.source)]
-    return [f"{cell.where}: `{span}` {why}" for cell, span in found if (why := problem(span))]
+    return [
+        f"{cell.where}: `{span}` {why}"
+        for cell, span in found
+        if (why := problem(span))
+    ]

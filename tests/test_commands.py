@@ -1,4 +1,6 @@
-"""The command line as a user meets it: every command at tiny size, and every mistake as one line."""
+"""The command line as a user meets it: every command at tiny size, and every mistake as
+one line.
+"""
 
 import functools
 import json
@@ -20,11 +22,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of what the commands need, so that nothing is written into the repository."""
+    """A copy of what the commands need; nothing is written into the repository."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "annotated_bigs.py", folder)
     shutil.copytree(ROOT / "data", folder / "data")
-    corpus = "\n\n".join(f"The sum of {i} and {i + 1} is an odd number. It is not even." for i in range(900))
+    corpus = "\n\n".join(
+        f"The sum of {i} and {i + 1} is an odd number. It is not even."
+        for i in range(900)
+    )
     (folder / "corpus.txt").write_text(corpus)
     return folder
 
@@ -32,45 +37,92 @@ def project(tmp_path_factory):
 def run(project, *arguments, timeout=900):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     environment.pop("XLA_FLAGS", None)  # a reader's compiler, not that of conftest.py
-    return subprocess.run([sys.executable, "annotated_bigs.py", *arguments], cwd=project, capture_output=True,
-                          text=True, timeout=timeout, env=environment)
+    return subprocess.run(
+        [sys.executable, "annotated_bigs.py", *arguments],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
 
 
 PRETRAIN = ("pretrain", "--size", "tiny", "--recipe", "demonstration", "--batch", "2")
 FILL = ("fill-mask", "a [MASK] b")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"), "corpus: missing.txt does not exist"),
-    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"), "empty.txt holds no document"),
-    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "binary.txt"), "line 1: binary data"),
-    ((*PRETRAIN, "--output", "runs/bad", "--corpus", "latin.txt"), "not UTF-8"),
-    (("pretrain", "--output", "runs/bad", "--size", "huge"), "size: 'huge' does not exist; choose one of tiny"),
-    (("pretrain", "--output", "runs/bad", "--recipe", "soup"), "recipe: 'soup' does not exist"),
-    ((*PRETRAIN, "--output", "runs/bad", "--steps", "0"), "steps: 0 is not positive"),
-    ((*FILL, "--model", "no/folder/here"), "no such folder, and the hub does not give it"),
-    ((*FILL, "--model", "halfmodel"), "flax_model.msgpack is missing"),
-    ((*FILL, "--model", "data"), "config.json is missing"),
-    (("benchmark", "--tpu", "v99"), "tpu: 'v99' does not exist; choose one of v3, v4, v5e, v6e"),
-    (("benchmark", "--kinds", "sprint"), "kinds: 'sprint' does not exist"),
-    (("benchmark", "--lengths", "0"), "must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            (*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"),
+            "corpus: missing.txt does not exist",
+        ),
+        (
+            (*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"),
+            "empty.txt holds no document",
+        ),
+        (
+            (*PRETRAIN, "--output", "runs/bad", "--corpus", "binary.txt"),
+            "line 1: binary data",
+        ),
+        ((*PRETRAIN, "--output", "runs/bad", "--corpus", "latin.txt"), "not UTF-8"),
+        (
+            ("pretrain", "--output", "runs/bad", "--size", "huge"),
+            "size: 'huge' does not exist; choose one of tiny",
+        ),
+        (
+            ("pretrain", "--output", "runs/bad", "--recipe", "soup"),
+            "recipe: 'soup' does not exist",
+        ),
+        (
+            (*PRETRAIN, "--output", "runs/bad", "--steps", "0"),
+            "steps: 0 is not positive",
+        ),
+        (
+            (*FILL, "--model", "no/folder/here"),
+            "no such folder, and the hub does not give it",
+        ),
+        ((*FILL, "--model", "halfmodel"), "flax_model.msgpack is missing"),
+        ((*FILL, "--model", "data"), "config.json is missing"),
+        (
+            ("benchmark", "--tpu", "v99"),
+            "tpu: 'v99' does not exist; choose one of v3, v4, v5e, v6e",
+        ),
+        (("benchmark", "--kinds", "sprint"), "kinds: 'sprint' does not exist"),
+        (("benchmark", "--lengths", "0"), "must be at least 1"),
+    ],
+)
 def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
     (project / "empty.txt").write_text("")
     (project / "binary.txt").write_bytes(b"\0\1\2")
     (project / "latin.txt").write_bytes("Stra\xdfe\n\n".encode("latin1") * 40)
     (project / "halfmodel").mkdir(exist_ok=True)
-    shutil.copy(ROOT / "tests" / "golden" / "mlm" / "config.json", project / "halfmodel")
+    shutil.copy(
+        ROOT / "tests" / "golden" / "mlm" / "config.json", project / "halfmodel"
+    )
     result = run(project, *arguments)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert (
+        len([line for line in result.stderr.splitlines() if line.startswith("error:")])
+        == 1
+    )
     assert not (project / "runs" / "bad").exists() and not result.stdout
 
 
 def test_unknown_command_and_help(project):
     assert run(project, "dance").returncode == 2
-    for command in ("figures", "pretrain", "export", "compare", "inspect", "finetune", "fill-mask", "benchmark"):
+    for command in (
+        "figures",
+        "pretrain",
+        "export",
+        "compare",
+        "inspect",
+        "finetune",
+        "fill-mask",
+        "benchmark",
+    ):
         result = run(project, command, "--help")
         assert result.returncode == 0 and "usage" in result.stdout
 
@@ -79,7 +131,11 @@ def written_commands():
     """Every command that README and document show, as arguments."""
     for name in ("README.md", "annotated_bigs.py"):
         text = (ROOT / name).read_text().replace("\n# ", "\n").replace("\\\n", " ")
-        for line in re.findall(r"^ *(?:JAX_PLATFORMS=cpu )?python annotated_bigs\.py (.+)$", text, re.MULTILINE):
+        for line in re.findall(
+            r"^ *(?:JAX_PLATFORMS=cpu )?python annotated_bigs\.py (.+)$",
+            text,
+            re.MULTILINE,
+        ):
             yield tuple(shlex.split(line, comments=True))
 
 
@@ -90,7 +146,12 @@ def test_commands_that_are_shown_exist(arguments, monkeypatch):
 
     def stub(command):
         return functools.wraps(command)(lambda *_, **__: called.append(command))
-    monkeypatch.setattr(bigs, "COMMANDS", {name: stub(command) for name, command in bigs.COMMANDS.items()})
+
+    monkeypatch.setattr(
+        bigs,
+        "COMMANDS",
+        {name: stub(command) for name, command in bigs.COMMANDS.items()},
+    )
     bigs.main(list(arguments))
     assert len(called) == 1
 
@@ -108,63 +169,132 @@ def test_figures_are_redrawn(project):
     result = run(project, "figures")
     assert result.returncode == 0, result.stderr
     drawn = {path.name for path in (project / "figures").glob("*.png")}
-    assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")} and len(drawn) >= 8
+    assert (
+        drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
+        and len(drawn) >= 8
+    )
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with a small untrained model and its tokenizer, and one with a classifier."""
-    tokenizer = bigs.train_tokenizer(["to be or not to be that is the question"] * 20, 60)
+    """A folder with a small untrained model and its tokenizer, and one with a
+    classifier.
+    """
+    tokenizer = bigs.train_tokenizer(
+        ["to be or not to be that is the question"] * 20, 60
+    )
     config = bigs.Config(len(tokenizer), 8, 1, 24, 16, num_ssm=4)
     folder = tmp_path_factory.mktemp("models")
-    for name, task in (("filler", "masked_lm"), ("classifier", "sequence_classification")):
+    for name, task in (
+        ("filler", "masked_lm"),
+        ("classifier", "sequence_classification"),
+    ):
         bigs.save_pretrained(bigs.BiGS(config, task), folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 
 
 def test_fill_mask_prints_a_table_for_each_mask(models, capsys):
-    bigs.main(["fill-mask", "to [MASK] or not to [MASK]", "--model", str(models / "filler"), "--top", "4"])
+    bigs.main(
+        [
+            "fill-mask",
+            "to [MASK] or not to [MASK]",
+            "--model",
+            str(models / "filler"),
+            "--top",
+            "4",
+        ]
+    )
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert [line for line in lines if line.startswith("[MASK]")] == ["[MASK] 1", "[MASK] 2"] and len(lines) == 10
+    assert [line for line in lines if line.startswith("[MASK]")] == [
+        "[MASK] 1",
+        "[MASK] 2",
+    ] and len(lines) == 10
     for first in (1, 6):
-        shares = [float(line.split()[1].removesuffix("%")) for line in lines[first:first + 4]]
+        shares = [
+            float(line.split()[1].removesuffix("%"))
+            for line in lines[first : first + 4]
+        ]
         assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 100
     assert "error" not in err
 
 
-@pytest.mark.parametrize("text, options, message", [
-    ("to be", (), "there is no [MASK] in it; write [MASK] where"),
-    ("[MASK] " + "to be " * 10, (), "22 tokens|23 tokens, but this model reads at most 16; cut the text"),
-    ("[MASK]", ("--top", "0"), "top: 0 is not positive"),
-    ("[MASK]", ("--model", "classifier"), "this model has no head for masked words"),
-    ("[MASK]", ("--model", "bare"), "tokenizer.json is missing; copy it from")])
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("to be", (), "there is no [MASK] in it; write [MASK] where"),
+        (
+            "[MASK] " + "to be " * 10,
+            (),
+            "22 tokens|23 tokens, but this model reads at most 16; cut the text",
+        ),
+        ("[MASK]", ("--top", "0"), "top: 0 is not positive"),
+        (
+            "[MASK]",
+            ("--model", "classifier"),
+            "this model has no head for masked words",
+        ),
+        ("[MASK]", ("--model", "bare"), "tokenizer.json is missing; copy it from"),
+    ],
+)
 def test_fill_mask_helps(models, capsys, text, options, message):
     if "bare" in options:
-        shutil.copytree(models / "filler", models / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    options = [str(models / word) if word in ("classifier", "bare") else word for word in options]
+        shutil.copytree(
+            models / "filler",
+            models / "bare",
+            ignore=shutil.ignore_patterns("tokenizer*"),
+        )
+    options = [
+        str(models / word) if word in ("classifier", "bare") else word
+        for word in options
+    ]
     options += [] if "--model" in options else ["--model", str(models / "filler")]
     with pytest.raises(SystemExit, match="2"):
         bigs.main(["fill-mask", text, *options])
     out, err = capsys.readouterr()
-    assert any(part in err for part in message.split("|")) and err.startswith("error: ") and not out
+    assert (
+        any(part in err for part in message.split("|"))
+        and err.startswith("error: ")
+        and not out
+    )
 
 
 @pytest.mark.slow
 def test_pretrain_resume_fill_mask_finetune(project):
-    tiny = (*PRETRAIN, "--corpus", "corpus.txt", "--output", "runs/mine", "--steps", "3")
+    tiny = (
+        *PRETRAIN,
+        "--corpus",
+        "corpus.txt",
+        "--output",
+        "runs/mine",
+        "--steps",
+        "3",
+    )
     first = run(project, *tiny)
     assert first.returncode == 0, first.stderr
     assert "held-out loss" in first.stdout
     assert run(project, *tiny).returncode == 2  # the folder holds a run
     again = run(project, *tiny, "--resume")
     assert again.returncode == 0, again.stderr
-    log = [json.loads(line) for line in (project / "runs/mine/log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (project / "runs/mine/log.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in log] == [0, 3, 3]
-    filled = run(project, "fill-mask", "The sum is an [MASK] number.", "--model", "runs/mine", "--top", "3")
+    filled = run(
+        project,
+        "fill-mask",
+        "The sum is an [MASK] number.",
+        "--model",
+        "runs/mine",
+        "--top",
+        "3",
+    )
     assert filled.returncode == 0 and filled.stdout.count("%") == 3, filled.stderr
-    long = run(project, "fill-mask", "sum [MASK] " + "number " * 300, "--model", "runs/mine")
+    long = run(
+        project, "fill-mask", "sum [MASK] " + "number " * 300, "--model", "runs/mine"
+    )
     assert long.returncode == 2 and "reads at most 128" in long.stderr
     unmasked = run(project, "fill-mask", "The sum.", "--model", "runs/mine")
     assert unmasked.returncode == 2 and "no [MASK]" in unmasked.stderr
@@ -178,12 +308,28 @@ def test_the_whole_document_runs_without_network(project):
     assert "everything" in result.stdout.splitlines()[-1]
     found = json.loads((project / "data" / "tiny.json").read_text())
     heldout = [record["heldout"] for record in found["history"] if "heldout" in record]
-    assert heldout[0] > 8.9 and heldout[-1] < 6.2 and sorted(heldout, reverse=True) == heldout
+    assert (
+        heldout[0] > 8.9
+        and heldout[-1] < 6.2
+        and sorted(heldout, reverse=True) == heldout
+    )
     accuracy = {name: values[0] for name, values in found["pairs"]["accuracy"].items()}
-    assert set(accuracy) == {"pretrained", "not pretrained", "word overlap", "always yes"}
-    assert all(0.4 < value < 0.9 for value in accuracy.values()) and accuracy["word overlap"] > 0.6
-    assert found["step"]["ratio"] < 2, "a training step takes more than twice its own matrix products"
-    assert len(list((project / "figures").glob("*.png"))) == len(list((ROOT / "figures").glob("*.png")))
+    assert set(accuracy) == {
+        "pretrained",
+        "not pretrained",
+        "word overlap",
+        "always yes",
+    }
+    assert (
+        all(0.4 < value < 0.9 for value in accuracy.values())
+        and accuracy["word overlap"] > 0.6
+    )
+    assert found["step"]["ratio"] < 2, (
+        "a training step takes more than twice its own matrix products"
+    )
+    assert len(list((project / "figures").glob("*.png"))) == len(
+        list((ROOT / "figures").glob("*.png"))
+    )
     assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
     filled = run(project, "fill-mask", "The function [MASK] a new array.")
     assert filled.returncode == 0 and filled.stdout.count("%") == 10
@@ -191,7 +337,9 @@ def test_the_whole_document_runs_without_network(project):
 
 @pytest.mark.slow
 def test_a_second_run_on_the_same_text_starts_at_once(project, tmp_path, monkeypatch):
-    """From the command to the first step: text, vocabulary and compiled programs are there already."""
+    """From the command to the first step: text, vocabulary and compiled programs are
+    there already.
+    """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     texts = [d.text for d in bigs.embedded_english().train]
     with (project / "large.jsonl").open("w") as file:  # some 20 MB, no document twice
@@ -201,10 +349,27 @@ def test_a_second_run_on_the_same_text_starts_at_once(project, tmp_path, monkeyp
     seconds = []
     for output in ("runs/first", "runs/second"):
         start = time.perf_counter()
-        result = run(project, "pretrain", "--size", "mini", "--corpus", "large.jsonl", "--output", output,
-                     "--steps", "1", "--batch", "8", "--recipe", "demonstration")
+        result = run(
+            project,
+            "pretrain",
+            "--size",
+            "mini",
+            "--corpus",
+            "large.jsonl",
+            "--output",
+            output,
+            "--steps",
+            "1",
+            "--batch",
+            "8",
+            "--recipe",
+            "demonstration",
+        )
         assert result.returncode == 0, result.stderr
         seconds.append(time.perf_counter() - start)
     assert seconds[1] < 0.7 * seconds[0] and seconds[0] < 120
-    losses = [bigs.read_log(project / output)[-1]["heldout"] for output in ("runs/first", "runs/second")]
+    losses = [
+        bigs.read_log(project / output)[-1]["heldout"]
+        for output in ("runs/first", "runs/second")
+    ]
     assert losses[0] == losses[1]

@@ -1,4 +1,6 @@
-"""Text of one's own: files, shards and the hub; their rows, their batches, and the vocabulary."""
+"""Text of one's own: files, shards and the hub; their rows, their batches, and the
+vocabulary.
+"""
 
 import gzip
 import itertools
@@ -25,10 +27,24 @@ import annotated_bigs as bigs
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / "shared/data/vocab/bert-base-uncased-vocab.txt"
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: zstd(data)}
-SYLLABLES = np.random.default_rng(0).choice(["ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "we"], (750, 20, 3))
-TEXTS = [" ".join(map("".join, text)) + f" {number}." for number, text in enumerate(SYLLABLES)]
-TEXTS, OTHERS, THIRDS = TEXTS[:600], TEXTS[600:], (TEXTS[:200], TEXTS[200:400], TEXTS[400:600])
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstd(data),
+}
+SYLLABLES = np.random.default_rng(0).choice(
+    ["ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "we"], (750, 20, 3)
+)
+TEXTS = [
+    " ".join(map("".join, text)) + f" {number}."
+    for number, text in enumerate(SYLLABLES)
+]
+TEXTS, OTHERS, THIRDS = (
+    TEXTS[:600],
+    TEXTS[600:],
+    (TEXTS[:200], TEXTS[200:400], TEXTS[400:600]),
+)
 L = 16
 
 
@@ -40,10 +56,14 @@ def zstd(data):
 
 
 def write(file, texts):
-    """The texts in the format that the name of the file asks for; a text file breaks its lines."""
+    """The texts in the format that the name of the file asks for; a text file breaks
+    its lines.
+    """
     body = "\n\n\n".join(text.replace(" ", "\n", 2) for text in texts) + "\n"
     if ".jsonl" in file.name:
-        body = "".join(json.dumps({"text": text, "title": "x"}) + "\n" for text in texts)
+        body = "".join(
+            json.dumps({"text": text, "title": "x"}) + "\n" for text in texts
+        )
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_bytes(COMPRESS.get(file.suffix, bytes)(body.encode()))
     return str(file)
@@ -53,8 +73,13 @@ def write(file, texts):
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, which `from_generator` is seen to use."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    probe = datasets.Dataset.from_generator(lambda: iter([{"x": 1}]), fingerprint="probe")
-    assert [Path(file["filename"]).is_relative_to(tmp_path / "cache") for file in probe.cache_files] == [True]
+    probe = datasets.Dataset.from_generator(
+        lambda: iter([{"x": 1}]), fingerprint="probe"
+    )
+    assert [
+        Path(file["filename"]).is_relative_to(tmp_path / "cache")
+        for file in probe.cache_files
+    ] == [True]
     shutil.rmtree(tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -79,9 +104,19 @@ def is_held(text):
 
 def row_list(texts, tokenizer):
     """Packing in other words: one stream, cut."""
-    stream = [i for t in texts for i in (*tokenizer.encode(t, add_special_tokens=False), tokenizer.sep_token_id)]
+    stream = [
+        i
+        for t in texts
+        for i in (
+            *tokenizer.encode(t, add_special_tokens=False),
+            tokenizer.sep_token_id,
+        )
+    ]
     cuts = range(0, len(stream) - (L - 2) + 1, L - 2)
-    return [[tokenizer.cls_token_id, *stream[cut:cut + L - 2], tokenizer.sep_token_id] for cut in cuts]
+    return [
+        [tokenizer.cls_token_id, *stream[cut : cut + L - 2], tokenizer.sep_token_id]
+        for cut in cuts
+    ]
 
 
 def restored(batch):
@@ -93,11 +128,21 @@ def restored(batch):
 
 
 def check(data, parts, tokenizer):
-    """The rows of a data set are those of these texts, in order; the held-out ones in the order of their batch."""
-    train, held = ([row for texts in parts for row in row_list([t for t in texts if is_held(t) == side], tokenizer)]
-                   for side in (False, True))
+    """The rows of a data set are those of these texts, in order; the held-out ones in
+    the order of their batch.
+    """
+    train, held = (
+        [
+            row
+            for texts in parts
+            for row in row_list([t for t in texts if is_held(t) == side], tokenizer)
+        ]
+        for side in (False, True)
+    )
     assert data.train.tokens[:].tolist() == train and 0 < len(held) <= 64
-    assert [restored(b) for b in data.heldout] == [[held[i] for i in bigs.epoch_order(len(held), 0, 0)]]
+    assert [restored(b) for b in data.heldout] == [
+        [held[i] for i in bigs.epoch_order(len(held), 0, 0)]
+    ]
 
 
 def refused(message, function, *arguments):
@@ -106,7 +151,9 @@ def refused(message, function, *arguments):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [kind + packing for kind in (".txt", ".jsonl") for packing in COMPRESS])
+@pytest.mark.parametrize(
+    "suffix", [kind + packing for kind in (".txt", ".jsonl") for packing in COMPRESS]
+)
 def test_a_file(tmp_path, tokenizer, suffix):
     source = write(tmp_path / f"a{suffix}", TEXTS)
     assert [d.text for d in bigs.read_documents(Path(source))] == TEXTS
@@ -123,62 +170,141 @@ def test_folders_and_several_sources(tmp_path, tokenizer):
     for _ in range(2):
         check(bigs.prepare([folder, other], tokenizer, L), [*THIRDS, OTHERS], tokenizer)
     check(bigs.prepare([folder], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
-    data, rows = bigs.prepare([folder], tokenizer, L, heldout=[other]), row_list(OTHERS, tokenizer)
-    assert data.train.tokens[:].tolist() == [row for texts in THIRDS for row in row_list(texts, tokenizer)]
-    assert sum(map(restored, data.heldout), []) == [rows[i] for i in bigs.epoch_order(len(rows), 0, 0)[:448]]
+    data, rows = (
+        bigs.prepare([folder], tokenizer, L, heldout=[other]),
+        row_list(OTHERS, tokenizer),
+    )
+    assert data.train.tokens[:].tolist() == [
+        row for texts in THIRDS for row in row_list(texts, tokenizer)
+    ]
+    assert sum(map(restored, data.heldout), []) == [
+        rows[i] for i in bigs.epoch_order(len(rows), 0, 0)[:448]
+    ]
 
 
 def test_blocks_and_lines_do_not_show_in_the_rows(tokenizer):
     texts = [text.replace(" ", "\n", 3) + "\n" for text in TEXTS[:50]]
     for megabytes in (1e-5, 1e-3, 1.0):
-        assert np.concatenate(list(bigs.packed(texts, tokenizer, L, megabytes))).tolist() == row_list(texts, tokenizer)
+        assert np.concatenate(
+            list(bigs.packed(texts, tokenizer, L, megabytes))
+        ).tolist() == row_list(texts, tokenizer)
 
 
 def test_a_few_broken_lines_are_counted_and_skipped(tmp_path, capsys):
-    lines, file = [json.dumps({"text": text}) for text in TEXTS[:300]], tmp_path / "a.jsonl"
+    lines, file = (
+        [json.dumps({"text": text}) for text in TEXTS[:300]],
+        tmp_path / "a.jsonl",
+    )
     lines[6], lines[99], lines[199] = "{", '{"words": "a"}', '{"text": 3}'
-    file.write_text("\n".join(lines), "utf-8-sig")  # the mark at its beginning is no text
+    file.write_text(
+        "\n".join(lines), "utf-8-sig"
+    )  # the mark at its beginning is no text
     found = [d.text for d in bigs.read_documents(file)]
-    assert found == [text for number, text in enumerate(TEXTS[:300]) if number not in (6, 99, 199)]
+    assert found == [
+        text for number, text in enumerate(TEXTS[:300]) if number not in (6, 99, 199)
+    ]
     told = capsys.readouterr().err
-    assert told.startswith(f"{file}: 3 of 300 lines") and told.endswith("first is line 7\n") and told.count("\n") == 1
+    assert (
+        told.startswith(f"{file}: 3 of 300 lines")
+        and told.endswith("first is line 7\n")
+        and told.count("\n") == 1
+    )
     file.write_text("\n".join([*lines[:-1], "null"]))  # now more than one in a hundred
-    refused(f"{file}, line 7: not a JSON object .* one of 4 ", list, bigs.read_documents(file))
+    refused(
+        f"{file}, line 7: not a JSON object .* one of 4 ",
+        list,
+        bigs.read_documents(file),
+    )
 
 
 LONG = np.random.default_rng(0).bytes(200_000).hex("\n", 40).encode()
-CUT, NOT = (f"after line {number}: cannot be read .* fetch it again" for number in (r"[1-9]\d*", 0))
+CUT, NOT = (
+    f"after line {number}: cannot be read .* fetch it again"
+    for number in (r"[1-9]\d*", 0)
+)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("binary.txt", b"abc\n\0\1\2", "line 2: binary data, not text; give a text file"),
-    ("latin.txt", b"Stra\xdfe", "after line 0: not UTF-8; convert it"),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": ', 'line 2: not a JSON object with a field "text".* mend'),
-    ("field.jsonl", b'{"words": "a"}\n', 'line 1: not a JSON object with a field "text"'),
-    *((f"cut.txt{suffix}", COMPRESS[suffix](LONG)[:100_000], CUT) for suffix in (".gz", ".xz", ".zst")),
-    *((f"plain.txt{suffix}", b"plain text", NOT) for suffix in (".gz", ".xz", ".zst")),
-    ("damaged.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 99, NOT),
-], ids=lambda value: value if isinstance(value, str) and " " not in value else "")
-def test_bad_files_are_named_and_leave_nothing(tmp_path, cache, tokenizer, name, content, message):
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "binary.txt",
+            b"abc\n\0\1\2",
+            "line 2: binary data, not text; give a text file",
+        ),
+        ("latin.txt", b"Stra\xdfe", "after line 0: not UTF-8; convert it"),
+        (
+            "bad.jsonl",
+            b'{"text": "a"}\n{"text": ',
+            'line 2: not a JSON object with a field "text".* mend',
+        ),
+        (
+            "field.jsonl",
+            b'{"words": "a"}\n',
+            'line 1: not a JSON object with a field "text"',
+        ),
+        *(
+            (f"cut.txt{suffix}", COMPRESS[suffix](LONG)[:100_000], CUT)
+            for suffix in (".gz", ".xz", ".zst")
+        ),
+        *(
+            (f"plain.txt{suffix}", b"plain text", NOT)
+            for suffix in (".gz", ".xz", ".zst")
+        ),
+        ("damaged.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 99, NOT),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_bad_files_are_named_and_leave_nothing(
+    tmp_path, cache, tokenizer, name, content, message
+):
     (tmp_path / name).write_bytes(content)
-    for function, *rest in 2 * [(bigs.prepare, tokenizer, L), (bigs.trained_vocabulary, 300)]:
-        refused(f"{tmp_path / name}, {message}", function, [str(tmp_path / name)], *rest)
-        assert not list(cache.rglob("*.arrow")) and not list(cache.rglob("*.incomplete"))
+    for function, *rest in 2 * [
+        (bigs.prepare, tokenizer, L),
+        (bigs.trained_vocabulary, 300),
+    ]:
+        refused(
+            f"{tmp_path / name}, {message}", function, [str(tmp_path / name)], *rest
+        )
+        assert not list(cache.rglob("*.arrow")) and not list(
+            cache.rglob("*.incomplete")
+        )
 
 
-@pytest.mark.parametrize("name, message", [
-    *((name, "does not exist; give a text file, a folder")
-      for name in ("texts.txt", "folder/texts.txt", "folder/texts.jsonl.gz", "no/such/folder", "/no/texts")),
-    ("empty", "holds no file that ends in .txt, "), ("pictures", "holds no file that ends in .txt, "),
-    ("empty.txt", "gave 0 rows of 16 .* give more text"), ("spaces.jsonl", "gave 0 rows of 16 .* give more text")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        *(
+            (name, "does not exist; give a text file, a folder")
+            for name in (
+                "texts.txt",
+                "folder/texts.txt",
+                "folder/texts.jsonl.gz",
+                "no/such/folder",
+                "/no/texts",
+            )
+        ),
+        ("empty", "holds no file that ends in .txt, "),
+        ("pictures", "holds no file that ends in .txt, "),
+        ("empty.txt", "gave 0 rows of 16 .* give more text"),
+        ("spaces.jsonl", "gave 0 rows of 16 .* give more text"),
+    ],
+)
 def test_nothing_to_read(tmp_path, tokenizer, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)  # nobody asks the hub
     Path("empty").mkdir()
-    for file, text in (("pictures/a.png", ""), ("empty.txt", ""), ("spaces.jsonl", "\n \n")):
+    for file, text in (
+        ("pictures/a.png", ""),
+        ("empty.txt", ""),
+        ("spaces.jsonl", "\n \n"),
+    ):
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(text)
-    for function, *rest in 2 * [(bigs.prepare, tokenizer, L), (bigs.trained_vocabulary, 300)]:
+    for function, *rest in 2 * [
+        (bigs.prepare, tokenizer, L),
+        (bigs.trained_vocabulary, 300),
+    ]:
         refused(f"{name} ({message}|holds no document)", function, [name], *rest)
 
 
@@ -193,17 +319,29 @@ def reader(monkeypatch):
             if number == 50 and file.stem in ends:
                 raise ends[file.stem]
             yield document
+
     monkeypatch.setattr(bigs, "read_documents", reading)
     return calls, ends
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit("killed"), bigs.UserError("bad"), OSError("full")],
-                         ids=["interrupted", "killed", "bad", "disk"])
-def test_an_interrupted_preparation_goes_on(tmp_path, tokenizer, reader, monkeypatch, end):
-    files = [write(tmp_path / f"{name}.txt", texts) for name, texts in zip("abc", THIRDS, strict=True)]
+@pytest.mark.parametrize(
+    "end",
+    [KeyboardInterrupt(), SystemExit("killed"), bigs.UserError("bad"), OSError("full")],
+    ids=["interrupted", "killed", "bad", "disk"],
+)
+def test_an_interrupted_preparation_goes_on(
+    tmp_path, tokenizer, reader, monkeypatch, end
+):
+    files = [
+        write(tmp_path / f"{name}.txt", texts)
+        for name, texts in zip("abc", THIRDS, strict=True)
+    ]
     calls, ends = reader
     ends["c"] = end
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit, bigs.UserError)):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises((KeyboardInterrupt, SystemExit, bigs.UserError)),
+    ):
         if str(end) == "killed":  # then nobody clears up
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         bigs.prepare(files, tokenizer, L)
@@ -214,26 +352,38 @@ def test_an_interrupted_preparation_goes_on(tmp_path, tokenizer, reader, monkeyp
 
 
 def test_only_what_changed_is_read_again(tmp_path, tokenizer, reader):
-    files = [write(tmp_path / f"{name}.txt", texts) for name, texts in zip("abc", THIRDS, strict=True)]
+    files = [
+        write(tmp_path / f"{name}.txt", texts)
+        for name, texts in zip("abc", THIRDS, strict=True)
+    ]
     identities, before, calls = [], os.stat(files[1]), reader[0]
 
     def reads(wanted, tokenizer=tokenizer, L=L):
         calls.clear()
         identities.append(bigs.prepare(files, tokenizer, L).identity)
         assert "".join(calls) == wanted
+
     reads("abc")
-    os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns + 1000))  # another time, the same size
+    os.utime(
+        files[1], ns=(before.st_atime_ns, before.st_mtime_ns + 1000)
+    )  # another time, the same size
     reads("")
     text = Path(files[1]).read_bytes()
     Path(files[1]).write_bytes(text.swapcase())
-    os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # the old time, the same size, another text
+    os.utime(
+        files[1], ns=(before.st_atime_ns, before.st_mtime_ns)
+    )  # the old time, the same size, another text
     reads("b")
     files[1] = str(Path(files[1]).rename(tmp_path / "d.txt"))
     Path(files[1]).write_bytes(text)
     reads("")
     write(Path(files[1]), THIRDS[1] + ["One text more."])
     reads("d")
-    check(bigs.prepare(files, tokenizer, L), [THIRDS[0], THIRDS[1] + ["One text more."], THIRDS[2]], tokenizer)
+    check(
+        bigs.prepare(files, tokenizer, L),
+        [THIRDS[0], THIRDS[1] + ["One text more."], THIRDS[2]],
+        tokenizer,
+    )
     reads("adc", L=L + 1)
     reads("adc", bigs.train_tokenizer(TEXTS, 200))
     assert [identities.index(one) for one in identities] == [0, 0, 2, 0, 4, 5, 6]
@@ -247,74 +397,153 @@ def shard_fields(n=130, L=128, P=20, V=300):
     inside = np.arange(L) < random.integers(40, 97, (n, 1)).clip(0, L)
     positions = np.sort(random.random((n, 38)).argsort(1)[:, :P] + 1)
     positions[np.arange(P) >= random.integers(1, P + 1, (n, 1))] = 0
-    return {"input_ids": np.where(inside, random.integers(5, V, (n, L)), 0).astype("i4"),
-            "input_mask": inside.astype("i1"), "segment_ids": np.zeros((n, L), "i1"),
-            "masked_lm_positions": positions.astype("i4"),
-            "masked_lm_ids": np.where(positions > 0, random.integers(5, V, (n, P)), 0).astype("i4")}
+    return {
+        "input_ids": np.where(inside, random.integers(5, V, (n, L)), 0).astype("i4"),
+        "input_mask": inside.astype("i1"),
+        "segment_ids": np.zeros((n, L), "i1"),
+        "masked_lm_positions": positions.astype("i4"),
+        "masked_lm_ids": (
+            np.where(positions > 0, random.integers(5, V, (n, P)), 0).astype("i4")
+        ),
+    }
 
 
 def write_shard(file, fields):
     with h5py.File(file, "w") as shard:
         for name, values in fields.items():
-            shard.create_dataset(name, data=values, dtype=values.dtype, compression="gzip")
+            shard.create_dataset(
+                name, data=values, dtype=values.dtype, compression="gzip"
+            )
     return str(file)
 
 
 def test_shards_come_back_as_they_are(tmp_path, tokenizer):
     fields = shard_fields(130), shard_fields(70)
-    data = bigs.prepare([write_shard(tmp_path / f"{i}.hdf5", f) for i, f in enumerate(fields)], tokenizer, 128)
-    names, cuts = ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask"), (127, 68)  # 1 in 64 held out
+    data = bigs.prepare(
+        [write_shard(tmp_path / f"{i}.hdf5", f) for i, f in enumerate(fields)],
+        tokenizer,
+        128,
+    )
+    names, cuts = (
+        ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask"),
+        (
+            127,
+            68,
+        ),
+    )  # 1 in 64 held out
     batch = bigs.batch_at(data.train, 195, 3, 0)
-    for found, part, order in ((batch, lambda cut: slice(cut), bigs.epoch_order(195, 3, 0)),
-                               (data.heldout[0], lambda cut: slice(cut, None), bigs.epoch_order(5, 0, 0))):
+    for found, part, order in (
+        (batch, lambda cut: slice(cut), bigs.epoch_order(195, 3, 0)),
+        (data.heldout[0], lambda cut: slice(cut, None), bigs.epoch_order(5, 0, 0)),
+    ):
         for name, values in zip(names, found, strict=True):
-            wanted = np.concatenate([f[name][part(cut)] for f, cut in zip(fields, cuts, strict=True)])[order]
-            assert np.array_equal(values, wanted.sum(1) if name == "input_mask" else wanted)
+            wanted = np.concatenate(
+                [f[name][part(cut)] for f, cut in zip(fields, cuts, strict=True)]
+            )[order]
+            assert np.array_equal(
+                values, wanted.sum(1) if name == "input_mask" else wanted
+            )
     own = bigs.batch_at(data.train, 8, 3, 0, masks=2, own=slice(2, 4))
-    assert all(np.array_equal(a, b[2:4]) for a, b in zip(own, batch, strict=True)) and len(data.heldout) == 1
+    assert (
+        all(np.array_equal(a, b[2:4]) for a, b in zip(own, batch, strict=True))
+        and len(data.heldout) == 1
+    )
 
 
 def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
-    batch = bigs.batch_at(bigs.prepare([write_shard(tmp_path / "a.h5", shard_fields())], tokenizer, 128).train, 4, 0, 0)
+    batch = bigs.batch_at(
+        bigs.prepare(
+            [write_shard(tmp_path / "a.h5", shard_fields())], tokenizer, 128
+        ).train,
+        4,
+        0,
+        0,
+    )
     random, ids = np.random.default_rng(0), batch.input_ids
-    model = bigs.BiGS(replace(bigs.tiny, vocab_size=300, hidden_size=8, intermediate_size=24, num_hidden_layers=1,
-                              num_ssm=4))  # a fresh one hardly hears the neighbours of a token
-    model = jax.tree.map(lambda p: p + random.normal(0, 1, p.shape).astype(np.float32), model)
-    noisy = batch._replace(input_ids=np.where(np.arange(128) < batch.lengths[:, None], ids, 7))
+    model = bigs.BiGS(
+        replace(
+            bigs.tiny,
+            vocab_size=300,
+            hidden_size=8,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_ssm=4,
+        )
+    )  # a fresh one hardly hears the neighbours of a token
+    model = jax.tree.map(
+        lambda p: p + random.normal(0, 1, p.shape).astype(np.float32), model
+    )
+    noisy = batch._replace(
+        input_ids=np.where(np.arange(128) < batch.lengths[:, None], ids, 7)
+    )
     loss = jax.jit(bigs.batch_loss)
     for same in (noisy, batch._replace(input_ids=ids[:, :100])):
         np.testing.assert_allclose(loss(model, same), loss(model, batch), rtol=1e-5)
-    assert abs(loss(model, noisy._replace(lengths=batch.lengths * 0 + 128)) / loss(model, batch) - 1) > 1e-4
+    assert (
+        abs(
+            loss(model, noisy._replace(lengths=batch.lengths * 0 + 128))
+            / loss(model, batch)
+            - 1
+        )
+        > 1e-4
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda f: f.pop("masked_lm_ids"), "masked_lm_ids is missing"),
-    (lambda f: f.pop("input_ids"), "input_ids is missing"),
-    (lambda f: f.update(input_mask=f["input_mask"][:-1]), "input_mask is missing or shorter"),
-    (lambda f: f.update(shard_fields(L=64)), "input_ids .*64.* 128"),
-    (lambda f: f.update(shard_fields(P=10)), "masked_lm_positions .*10.* 20"),
-    (lambda f: f.update(shard_fields(V=999)), "input_ids .*99[678].* (299|300)"),
-    (lambda f: f["masked_lm_positions"].__setitem__((3, 0), 128), "masked_lm_positions .*128.*"),
-], ids=["field", "rows", "shorter", "width", "places", "vocabulary", "position"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: f.pop("masked_lm_ids"), "masked_lm_ids is missing"),
+        (lambda f: f.pop("input_ids"), "input_ids is missing"),
+        (
+            lambda f: f.update(input_mask=f["input_mask"][:-1]),
+            "input_mask is missing or shorter",
+        ),
+        (lambda f: f.update(shard_fields(L=64)), "input_ids .*64.* 128"),
+        (lambda f: f.update(shard_fields(P=10)), "masked_lm_positions .*10.* 20"),
+        (lambda f: f.update(shard_fields(V=999)), "input_ids .*99[678].* (299|300)"),
+        (
+            lambda f: f["masked_lm_positions"].__setitem__((3, 0), 128),
+            "masked_lm_positions .*128.*",
+        ),
+    ],
+    ids=["field", "rows", "shorter", "width", "places", "vocabulary", "position"],
+)
 def test_bad_shards_are_named(tmp_path, tokenizer, change, message):
     fields = shard_fields()
     change(fields)
     for _ in range(2):
-        refused(f"a.hdf5: {message}", bigs.prepare, [write_shard(tmp_path / "a.hdf5", fields)], tokenizer, 128)
+        refused(
+            f"a.hdf5: {message}",
+            bigs.prepare,
+            [write_shard(tmp_path / "a.hdf5", fields)],
+            tokenizer,
+            128,
+        )
 
 
 def test_shards_are_no_texts(tmp_path, tokenizer):
-    shard, text = write_shard(tmp_path / "a.hdf5", shard_fields()), write(tmp_path / "a.txt", TEXTS)
+    shard, text = (
+        write_shard(tmp_path / "a.hdf5", shard_fields()),
+        write(tmp_path / "a.txt", TEXTS),
+    )
     (tmp_path / "b.h5").write_bytes(b"nothing")
-    refused("b.h5: no HDF5 file", bigs.prepare, [str(tmp_path / "b.h5")], tokenizer, 128)
-    refused("cannot be mixed; give one kind", bigs.prepare, [shard, text], tokenizer, 128)
-    refused("cannot be mixed; give one kind", bigs.prepare, [text], tokenizer, 128, [shard])
+    refused(
+        "b.h5: no HDF5 file", bigs.prepare, [str(tmp_path / "b.h5")], tokenizer, 128
+    )
+    refused(
+        "cannot be mixed; give one kind", bigs.prepare, [shard, text], tokenizer, 128
+    )
+    refused(
+        "cannot be mixed; give one kind", bigs.prepare, [text], tokenizer, 128, [shard]
+    )
     refused("name it with --vocabulary", bigs.trained_vocabulary, [shard], 300)
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one data set in three shards: its field, the shard that fails, who asked, what was read."""
+    """A hub with one data set in three shards: its field, the shard that fails, who
+    asked, what was read.
+    """
     state = {"field": "text", "failing": None, "asked": [], "read": []}
 
     def generate(shards):
@@ -327,7 +556,10 @@ def hub(monkeypatch):
 
     def load(*names, **options):
         state["asked"].append((*names, options))
-        return datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": [0, 1, 2]})
+        return datasets.IterableDataset.from_generator(
+            generate, gen_kwargs={"shards": [0, 1, 2]}
+        )
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     return state
 
@@ -335,7 +567,9 @@ def hub(monkeypatch):
 def test_the_hub_is_streamed_once(tokenizer, hub, monkeypatch):
     name = "owner/texts:20231101.en"
     check(bigs.prepare([name], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
-    assert hub["asked"] == [("owner/texts", "20231101.en", {"split": "train", "streaming": True})]
+    assert hub["asked"] == [
+        ("owner/texts", "20231101.en", {"split": "train", "streaming": True})
+    ]
     hub["failing"] = 2
     refused("shard 2.*gone", bigs.prepare, [name], tokenizer, L)
     refused("shard 2.*gone", bigs.trained_vocabulary, [name], 300)
@@ -344,30 +578,61 @@ def test_the_hub_is_streamed_once(tokenizer, hub, monkeypatch):
         check(bigs.prepare([name], tokenizer, L), THIRDS, tokenizer)
         assert hub["read"] == [0, 1, 2, 2]  # what had arrived is not fetched again
     hub["field"] = "words"
-    for function, *rest in ((bigs.prepare, tokenizer, L), (bigs.trained_vocabulary, 300)):
-        refused('the rows of owner/others have no field "text", but words', function, ["owner/others"], *rest)
+    for function, *rest in (
+        (bigs.prepare, tokenizer, L),
+        (bigs.trained_vocabulary, 300),
+    ):
+        refused(
+            'the rows of owner/others have no field "text", but words',
+            function,
+            ["owner/others"],
+            *rest,
+        )
     monkeypatch.setattr(datasets, "load_dataset", None)
-    refused("owner/gone is neither a file here nor .* give the path", bigs.prepare, ["owner/gone"], tokenizer, L)
+    refused(
+        "owner/gone is neither a file here nor .* give the path",
+        bigs.prepare,
+        ["owner/gone"],
+        tokenizer,
+        L,
+    )
 
 
 def test_a_batch_is_a_function_of_seed_and_step(stored):
     def same(a, b):
         return all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
     memory = stored._replace(tokens=stored.tokens[:])
     for seed, step, masks in itertools.product((0, 7), (0, 1, 30), (0, 2)):
         batch = bigs.batch_at(stored, 24, seed, step, masks)
         assert same(batch, bigs.batch_at(memory, 24, seed, step, masks))
-        parts = [bigs.batch_at(stored, 24, seed, step, masks, own=slice(i, i + 6))[:3] for i in range(0, 24, 6)]
+        parts = [
+            bigs.batch_at(stored, 24, seed, step, masks, own=slice(i, i + 6))[:3]
+            for i in range(0, 24, 6)
+        ]
         assert same(batch, list(map(np.concatenate, zip(*parts, strict=True))))
-        assert not any(same(batch, bigs.batch_at(stored, 24, *other)) for other in ((seed + 1, step), (seed, step + 1)))
+        assert not any(
+            same(batch, bigs.batch_at(stored, 24, *other))
+            for other in ((seed + 1, step), (seed, step + 1))
+        )
 
 
 def test_every_row_occurs_once_an_epoch(stored):
     count = len(stored.tokens)
-    found = sum((restored(bigs.batch_at(stored, 24, 0, step)) for step in range(-(-2 * count // 24))), [])
+    found = sum(
+        (
+            restored(bigs.batch_at(stored, 24, 0, step))
+            for step in range(-(-2 * count // 24))
+        ),
+        [],
+    )
     assert count % 24  # so a batch lies in two epochs
-    assert sorted(found[:count]) == sorted(found[count:2 * count]) == sorted(stored.tokens[:].tolist())
-    assert found[:count] != found[count:2 * count]
+    assert (
+        sorted(found[:count])
+        == sorted(found[count : 2 * count])
+        == sorted(stored.tokens[:].tolist())
+    )
+    assert found[:count] != found[count : 2 * count]
 
 
 @pytest.mark.parametrize("masks", [0, 2])
@@ -375,8 +640,14 @@ def test_masks_take_turns(stored, masks):
     epochs = []
     for epoch in range(4):
         batch = bigs.batch_at(stored, len(stored.tokens), 0, epoch, masks)
-        epochs.append({tuple(row): (*positions, *ids) for row, positions, ids
-                       in zip(restored(batch), batch.positions, batch.input_ids, strict=True)})
+        epochs.append(
+            {
+                tuple(row): (*positions, *ids)
+                for row, positions, ids in zip(
+                    restored(batch), batch.positions, batch.input_ids, strict=True
+                )
+            }
+        )
     assert len(epochs[0]) == len(stored.tokens)
     for a, b in itertools.combinations(range(4), 2):
         equal = np.mean([epochs[a][row] == epochs[b][row] for row in epochs[0]])
@@ -387,27 +658,44 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
     rows, original, shown = stored._replace(vocab_size=60), [], []
     for step in range(40):
         batch = bigs.batch_at(rows, len(rows.tokens), 0, step)
-        assert batch.labels.shape[1] == 5 and not np.isin(batch.labels, rows.special_ids).any()  # 15 % of 32
-        original.append(np.take_along_axis(np.array(restored(batch)), batch.positions, 1).ravel())
+        assert (
+            batch.labels.shape[1] == 5
+            and not np.isin(batch.labels, rows.special_ids).any()
+        )  # 15 % of 32
+        original.append(
+            np.take_along_axis(np.array(restored(batch)), batch.positions, 1).ravel()
+        )
         shown.append(np.take_along_axis(batch.input_ids, batch.positions, 1).ravel())
     original, shown = np.concatenate(original), np.concatenate(shown)
     assert not np.isin(original, rows.special_ids).any()
     counts = np.bincount(shown[(shown != original) & (shown != rows.mask_id)])
     expected, others = len(shown) * 0.1 / 60, np.delete(counts, rows.mask_id)
-    assert len(counts) == 60 and 0.5 * expected < others.min() and others.max() < 1.5 * expected and expected > 100
+    assert (
+        len(counts) == 60
+        and 0.5 * expected < others.min()
+        and others.max() < 1.5 * expected
+        and expected > 100
+    )
 
 
 def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
     source, train = [write(tmp_path / "a.txt", TEXTS)], bigs.train_tokenizer
     first = bigs.trained_vocabulary(source, 300)
-    assert first.get_vocab() == train([text for text in TEXTS if not is_held(text)], 300).get_vocab()
+    assert (
+        first.get_vocab()
+        == train([text for text in TEXTS if not is_held(text)], 300).get_vocab()
+    )
     monkeypatch.setattr(bigs, "train_tokenizer", None)
     again = bigs.trained_vocabulary(source, 300)
-    assert again.get_vocab() == first.get_vocab() and again(TEXTS)["input_ids"] == first(TEXTS)["input_ids"]
+    assert (
+        again.get_vocab() == first.get_vocab()
+        and again(TEXTS)["input_ids"] == first(TEXTS)["input_ids"]
+    )
 
     def slowly(texts, size):  # while we train, another process is done
         monkeypatch.setattr(bigs, "train_tokenizer", train)
         return bigs.trained_vocabulary(source, size)
+
     monkeypatch.setattr(bigs, "train_tokenizer", slowly)
     assert len(bigs.trained_vocabulary(source, 250)) == 250
     assert len(list((cache / "annotated_bigs").iterdir())) == 2
@@ -417,55 +705,121 @@ def test_a_vocabulary_is_of_the_beginning_of_every_part(tmp_path):
     held = next(text for i in itertools.count() if is_held(text := f"ж {i}"))
     for name, first, last in (("a.txt", "α", "β"), ("b.txt", "γ", "δ")):
         write(tmp_path / "texts" / name, [held, first, *TEXTS, last])
-    for megabytes, parts, wanted in ((50.0, None, "αβγδ"), (0.1, None, "αγ"), (50.0, 1, "αβ")):
-        found = bigs.trained_vocabulary([str(tmp_path / "texts")], 300, megabytes, parts).get_vocab()
+    for megabytes, parts, wanted in (
+        (50.0, None, "αβγδ"),
+        (0.1, None, "αγ"),
+        (50.0, 1, "αβ"),
+    ):
+        found = bigs.trained_vocabulary(
+            [str(tmp_path / "texts")], 300, megabytes, parts
+        ).get_vocab()
         assert set("αβγδж") & set(found) == set(wanted)
 
 
 VOCABULARY = """
 import json, sys; sys.path.insert(0, sys.argv[1])
 import annotated_bigs as bigs
-print(json.dumps(sorted(bigs.trained_vocabulary([sys.argv[2]], 900).get_vocab().items())))
+pieces = bigs.trained_vocabulary([sys.argv[2]], 900).get_vocab()
+print(json.dumps(sorted(pieces.items())))
 """
 
 
 def test_two_processes_train_one_vocabulary_of_at_most_400_letters(tmp_path):
-    letters = [chr(0xa000 + i) for i in range(1000)] + [chr(0x4e00 + i) for i in range(2000)]  # Yi and Chinese
-    words = ["".join(word) for word in np.random.default_rng(0).choice(letters, (9000, 3))]
-    source = write(tmp_path / "a.txt", [*TEXTS, *(" ".join(words[i:i + 30]) for i in range(0, 9000, 30))])
-    runs = [subprocess.Popen([sys.executable, "-c", VOCABULARY, str(ROOT), source], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / str(i)), "JAX_PLATFORMS": "cpu"})
-            for i in range(2)]
+    letters = [chr(0xA000 + i) for i in range(1000)] + [
+        chr(0x4E00 + i) for i in range(2000)
+    ]  # Yi and Chinese
+    words = [
+        "".join(word) for word in np.random.default_rng(0).choice(letters, (9000, 3))
+    ]
+    source = write(
+        tmp_path / "a.txt",
+        [*TEXTS, *(" ".join(words[i : i + 30]) for i in range(0, 9000, 30))],
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", VOCABULARY, str(ROOT), source],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "HF_DATASETS_CACHE": str(tmp_path / str(i)),
+                "JAX_PLATFORMS": "cpu",
+            },
+        )
+        for i in range(2)
+    ]
     first, second = [json.loads(run.communicate()[0]) for run in runs]
-    found = set("".join(piece.removeprefix("##") for piece, _ in first if not piece.startswith("[")))
-    assert first == second and len(found) == 400 and set("badokilumenorasituwe.0123456789") < found
+    found = set(
+        "".join(
+            piece.removeprefix("##") for piece, _ in first if not piece.startswith("[")
+        )
+    )
+    assert (
+        first == second
+        and len(found) == 400
+        and set("badokilumenorasituwe.0123456789") < found
+    )
 
 
-@pytest.mark.parametrize("file", ["small", pytest.param(BERT, marks=pytest.mark.skipif(
-    not BERT.exists(), reason="BERT's vocabulary is not beside the project"))], ids=["small", "bert"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "small",
+        pytest.param(
+            BERT,
+            marks=pytest.mark.skipif(
+                not BERT.exists(), reason="BERT's vocabulary is not beside the project"
+            ),
+        ),
+    ],
+    ids=["small", "bert"],
+)
 def test_a_vocabulary_from_a_file(tmp_path, file):
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,;!'", "\x85", "low",
-              *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), "##er", "the"]  # \x85 ends no line here
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz0123456789.,;!'",
+        "\x85",
+        "low",
+        *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+        "##er",
+        "the",
+    ]  # \x85 ends no line here
     text = "\n".join(pieces) + "\n" if file == "small" else file.read_text("utf-8")
     (tmp_path / "vocab.txt").write_text(text, "utf-8")
     theirs = transformers.BertTokenizerFast.from_pretrained(tmp_path)
     ours = bigs.load_vocabulary(str(tmp_path / "vocab.txt"))
     assert len(ours) == len(theirs) == (len(pieces) if file == "small" else 30522)
-    for text in ["The lower Rhine, 3.5 km wide; don't!", "naïve CAFÉ 北京\u200b low\tlowest", "[MASK] 😀 " + "x" * 101,
-                 *(d.text for d in bigs.docstrings("email"))]:
+    for text in [
+        "The lower Rhine, 3.5 km wide; don't!",
+        "naïve CAFÉ 北京\u200b low\tlowest",
+        "[MASK] 😀 " + "x" * 101,
+        *(d.text for d in bigs.docstrings("email")),
+    ]:
         a, b = (t(text, "a pair", return_token_type_ids=True) for t in (ours, theirs))
-        assert a["input_ids"] == b["input_ids"] and a["token_type_ids"] == b["token_type_ids"]
+        assert (
+            a["input_ids"] == b["input_ids"]
+            and a["token_type_ids"] == b["token_type_ids"]
+        )
 
 
 def test_a_vocabulary_is_the_one_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("low\n##er\n[PAD]\n")
-    refused(r"a.txt lacks \[UNK\], \[CLS\], \[SEP\], \[MASK\]; give", bigs.load_vocabulary, str(tmp_path / "a.txt"))
+    refused(
+        r"a.txt lacks \[UNK\], \[CLS\], \[SEP\], \[MASK\]; give",
+        bigs.load_vocabulary,
+        str(tmp_path / "a.txt"),
+    )
     there = {"owner/words": "theirs", "bert-large-uncased": "BERT's"}
 
     def fetch(name):
         if name not in there:
             raise OSError("not there")
         return there[name]
+
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
     assert [bigs.load_vocabulary(name) for name in there] == list(there.values())
     refused("owner/gone", bigs.load_vocabulary, "owner/gone")

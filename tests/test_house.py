@@ -1,4 +1,6 @@
-"""What the README promises, the Makefile, the hooks and the workflow run are the same commands."""
+"""What the README promises, the Makefile, the hooks and the workflow run are the same
+commands.
+"""
 
 import re
 import shutil
@@ -35,7 +37,8 @@ def test_readme_holds_two_commands_that_do_their_own_setting_up(commands):
 
 
 def test_commands_are_taken_from_sh_blocks_only(tmp_path):
-    text = "```\nno\n```\n\n```sh\none\nmore\n```\n\n```python\nno\n```\n\n```sh\ntwo\n```\n"
+    text = "```\nno\n```\n\n```sh\none\nmore\n```\n\n```python\nno\n```\n\n"
+    text += "```sh\ntwo\n```\n"
     (tmp_path / "README.md").write_text(text)
     found = output("awk", "-f", ".ci/readme-commands", str(tmp_path / "README.md"))
     assert found.split() == ["one", "two"]
@@ -58,15 +61,22 @@ def test_make_runs_what_the_readme_runs(commands):
 def test_make_describes_every_target():
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    targets = re.search(
+        r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )[1]
     described = re.findall(r"^(\S+) +\S.*$", output("make"), re.MULTILINE)
     assert described == targets.split()
 
 
 def test_hooks_and_workflow_run_the_same_commands():
     script = (ROOT / ".ci/run").read_text()
-    assert 'bash -c "$tests --slow"' in script and ".ci/readme-commands README.md" in script
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert (
+        'bash -c "$tests --slow"' in script
+        and ".ci/readme-commands README.md" in script
+    )
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0][
+        "hooks"
+    ]
     lint, document = (hook["entry"] for hook in hooks)
     assert f".venv/bin/{lint}" in script
     assert [word for word in document.split() if (ROOT / word).is_file()]
@@ -79,7 +89,10 @@ def test_hooks_and_workflow_run_the_same_commands():
 
 def test_pytest_collects_the_document_and_its_tests_only():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    assert settings["pytest"]["ini_options"]["testpaths"] == ["annotated_bigs.py", "tests"]
+    assert settings["pytest"]["ini_options"]["testpaths"] == [
+        "annotated_bigs.py",
+        "tests",
+    ]
 
 
 LOWER_BOUND = re.compile(r"[A-Za-z0-9_-]+>=\d+(\.\d+)*")
@@ -97,7 +110,9 @@ def test_requirements_are_lower_bounds():
     assert too_narrow(dev) == ["-r requirements.txt"]
 
 
-@pytest.mark.parametrize("line", ["jax==0.7.2", "jax", "jax>=0.7,<0.8", "jax~=0.7", "jax[k]>=1"])
+@pytest.mark.parametrize(
+    "line", ["jax==0.7.2", "jax", "jax>=0.7,<0.8", "jax~=0.7", "jax[k]>=1"]
+)
 def test_narrow_requirements_are_noticed(line):
     assert too_narrow(f"# ours\nnumpy>=2.0  # enough\n{line}\n") == [line]
 
@@ -109,13 +124,16 @@ MACHINE = re.compile(
 
 
 def test_no_file_names_a_machine_or_an_index():
-    listing = output("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listing = output(
+        "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"
+    )
     paths = [ROOT / name for name in listing.split("\0") if name]
     texts = {path: path.read_bytes() for path in paths if path.is_file()}
     found = {
         str(path.relative_to(ROOT)): match[0]
         for path, text in texts.items()
-        if b"\0" not in text and (match := MACHINE.search(text.decode(errors="replace")))
+        if b"\0" not in text
+        and (match := MACHINE.search(text.decode(errors="replace")))
     }
     assert found == {}
 

@@ -1,4 +1,6 @@
-"""The notebook and the page, built from a small document; and the page that readers get, seen by a browser."""
+"""The notebook and the page, built from a small document; and the page that readers
+get, seen by a browser.
+"""
 
 import ast
 import importlib.util
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "page"
 NOTEBOOK = ROOT / "annotated_bigs.ipynb"
 
-SCRIPT = r'''# %% [markdown]
+SCRIPT = r"""# %% [markdown]
 # # The Title
 #
 # A formula, $h_k = \bar A h_{k-1}$, and the [tests](tests/test_page.py).
@@ -38,9 +40,11 @@ from IPython.display import Image, Markdown, display
 print("measured")
 print("a bar of progress", file=sys.stderr)
 DOT = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9"
+    "awAAAABJRU5ErkJggg=="
 )
-display(Image(DOT, metadata={"alt": "A dot", "caption": "**Figure 1.** A dot, $d$."}), Markdown("*A dot.*"))
+words = {"alt": "A dot", "caption": "**Figure 1.** A dot, $d$."}
+display(Image(DOT, metadata=words), Markdown("*A dot.*"))
 
 # %% [markdown]
 # ## Appendix A. Tools
@@ -49,7 +53,7 @@ display(Image(DOT, metadata={"alt": "A dot", "caption": "**Figure 1.** A dot, $d
 def double(x):
     "Twice as much."
     return 2 * x  # twice
-'''
+"""
 
 
 def load(name: str):
@@ -110,12 +114,18 @@ def test_page_stands_alone(built, build):
     build.build(built / "one.ipynb", built / "index.html")
     page = (built / "index.html").read_text()
     assert build.FETCHED.findall(page) == [] and "<script" not in page
-    assert page.count("<math ") == 3 and page.count('"katex-tag"') == 1 and "katex-error" not in page
+    assert (
+        page.count("<math ") == 3
+        and page.count('"katex-tag"') == 1
+        and "katex-error" not in page
+    )
     assert re.search(r'<img [^>]*alt="A dot"', page) and page.count("<figcaption>") == 1
     # The table of contents leads to the rooms.
     assert 'href="#0-front"' in page and 'id="0-front"' in page
     assert "IPython.core" not in page and "<em>A dot.</em>" not in page
-    assert "test_page.py" not in page  # a link that leads nowhere while there is no address
+    assert (
+        "test_page.py" not in page
+    )  # a link that leads nowhere while there is no address
 
 
 def test_names_lead_to_their_definitions(built, build):
@@ -126,7 +136,10 @@ def test_names_lead_to_their_definitions(built, build):
         assert f'<a href="#def-double"><code>{code}</code></a>' in page
     assert page.count('href="#def-double"') == 3  # the third is its own address
     assert "<details><summary>Code: <code>double</code></summary>" in page
-    assert '<span class="do">&quot;Twice as much.&quot;</span>' in page and '<span class="co"># twice</span>' in page
+    assert (
+        '<span class="do">&quot;Twice as much.&quot;</span>' in page
+        and '<span class="co"># twice</span>' in page
+    )
 
 
 def test_page_refuses_a_formula_it_cannot_set(built, build):
@@ -155,11 +168,19 @@ def test_only_fonts_that_are_used_are_in_the_page():
 
 
 @pytest.mark.parametrize(
-    "tag", ['<img src="a.png">', '<script src="https://a.b/c.js">', "src: url(a.woff2)", '@import "a.css"']
+    "tag",
+    [
+        '<img src="a.png">',
+        '<script src="https://a.b/c.js">',
+        "src: url(a.woff2)",
+        '@import "a.css"',
+    ],
 )
 def test_what_would_be_fetched_is_noticed(tag):
     assert load("build").FETCHED.search(tag)
-    assert not load("build").FETCHED.search('<img src="data:image/png;base64,x"> <a href="b">')
+    assert not load("build").FETCHED.search(
+        '<img src="data:image/png;base64,x"> <a href="b">'
+    )
 
 
 def test_text_alone_can_be_renewed(built):
@@ -168,9 +189,14 @@ def test_text_alone_can_be_renewed(built):
     target.write_bytes((built / "one.ipynb").read_bytes())
     script.write_text(SCRIPT.replace("# # The Title", "# # Another Title"))
     load("notebook").build(script, target, timeout=60, text=True)
-    old, new = (nbformat.read(built / name, as_version=4) for name in ("one.ipynb", "prose.ipynb"))
+    old, new = (
+        nbformat.read(built / name, as_version=4)
+        for name in ("one.ipynb", "prose.ipynb")
+    )
     assert new.cells[0].source.startswith("# Another Title")
-    assert [c.get("outputs") for c in new.cells] == [c.get("outputs") for c in old.cells]
+    assert [c.get("outputs") for c in new.cells] == [
+        c.get("outputs") for c in old.cells
+    ]
     script.write_text(SCRIPT.replace("2 * x", "3 * x"))
     with pytest.raises(SystemExit, match="code has changed"):
         load("notebook").build(script, target, timeout=60, text=True)
@@ -180,7 +206,9 @@ def test_text_alone_can_be_renewed(built):
 
 
 class Tags(HTMLParser):
-    """The ids of a page, where its links within the page lead to, and the text outside of <annotation> and code."""
+    """The ids of a page, where its links within the page lead to, and the text outside
+    of <annotation> and code.
+    """
 
     def __init__(self, page: str):
         super().__init__()
@@ -223,10 +251,21 @@ def test_every_anchor_resolves(page):
 
 
 def test_every_definition_has_an_anchor(page):
-    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    code = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
     kinds = (ast.FunctionDef, ast.ClassDef)
-    names = {node.name for source in code for node in ast.parse(source).body if isinstance(node, kinds)}
-    assert {i.removeprefix("def-") for i in page.tags.ids if i.startswith("def-")} == names
+    names = {
+        node.name
+        for source in code
+        for node in ast.parse(source).body
+        if isinstance(node, kinds)
+    }
+    assert {
+        i.removeprefix("def-") for i in page.tags.ids if i.startswith("def-")
+    } == names
 
 
 def test_every_formula_is_set(page):
@@ -236,26 +275,31 @@ def test_every_formula_is_set(page):
     assert not re.search(r"\$|\\[a-z]+", text)
 
 
-# What a browser says. Colours that mix are none of ours, so the nearest opaque background counts.
+# What a browser says. Colours that mix are none of ours, so the nearest opaque
+# background counts.
 CONTRAST = """(() => {
   const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
     .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const opaque = e => !e || !/, 0\\)$/.test(getComputedStyle(e).backgroundColor) ? e : opaque(e.parentElement);
+  const clear = e => /, 0\\)$/.test(getComputedStyle(e).backgroundColor);
+  const opaque = e => !e || !clear(e) ? e : opaque(e.parentElement);
   const texts = [...document.querySelectorAll("body *")].filter(
     e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
   return [...new Set(texts.map(e => {
-    const both = [getComputedStyle(e).color, getComputedStyle(opaque(e)).backgroundColor];
+    const below = getComputedStyle(opaque(e)).backgroundColor;
+    const both = [getComputedStyle(e).color, below];
     const [dark, bright] = both.map(light).sort((a, b) => a - b);
     return (bright + .05) / (dark + .05) < 4.5 ? [e.className, ...both].join(" ") : "";
   }))].filter(Boolean);
 })()"""
 TOUCHING = """[...document.querySelectorAll(".katex-tag")].filter(tag => {
   const bases = [...tag.parentElement.querySelectorAll(":scope > .katex-base")];
-  return Math.max(...bases.map(b => b.getBoundingClientRect().right)) + 8 > tag.getBoundingClientRect().left;
+  const right = Math.max(...bases.map(b => b.getBoundingClientRect().right));
+  return right + 8 > tag.getBoundingClientRect().left;
 }).map(tag => tag.textContent)"""
 AXE = """axe.run({resultTypes: ["violations"]}).then(
-  found => found.violations.flatMap(v => v.nodes.map(n => v.id + ": " + n.html.slice(0, 120))))"""
+  found => found.violations.flatMap(
+    v => v.nodes.map(n => v.id + ": " + n.html.slice(0, 120))))"""
 WIDTHS = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
 
 
@@ -265,19 +309,34 @@ def screen(page):
         pytest.skip("chromium is not installed")
     with browser.Browser() as opened:
         opened.open(page.file)
-        opened.run("document.querySelectorAll('details').forEach(box => box.open = true)")
+        opened.run(
+            "document.querySelectorAll('details').forEach(box => box.open = true)"
+        )
         yield opened
 
 
 @pytest.mark.slow
 def test_page_opens_without_a_network(screen):
-    requests = [event["request"]["url"] for event in screen.reported("Network.requestWillBeSent")]
+    requests = [
+        event["request"]["url"]
+        for event in screen.reported("Network.requestWillBeSent")
+    ]
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert sum(url.startswith("file:") for url in requests) == 1
-    said = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
+    said = (
+        "Log.entryAdded",
+        "Runtime.exceptionThrown",
+        "Runtime.consoleAPICalled",
+        "Network.loadingFailed",
+    )
     assert screen.reported(*said) == []
-    assert screen.run('[...document.fonts].filter(font => font.status === "error").length') == 0
-    assert screen.run("[...document.images].every(image => image.naturalWidth && image.alt)")
+    assert (
+        screen.run('[...document.fonts].filter(font => font.status === "error").length')
+        == 0
+    )
+    assert screen.run(
+        "[...document.images].every(image => image.naturalWidth && image.alt)"
+    )
 
 
 @pytest.mark.slow
@@ -300,14 +359,21 @@ def test_page_passes_an_accessibility_checker(screen, width, dark):
     assert screen.run(AXE) == []
 
 
-# The same text in Jupyter, in Colab and on GitHub: the reader of GitHub's Markdown stands for all.
+# The same text in Jupyter, in Colab and on GitHub: the reader of GitHub's Markdown
+# stands for all.
 
 
 def walk(tree):
     """All elements of pandoc's tree, outermost first."""
     if isinstance(tree, dict) and "t" in tree:
         yield tree
-    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+    for part in (
+        tree.values()
+        if isinstance(tree, dict)
+        else tree
+        if isinstance(tree, list)
+        else ()
+    ):
         yield from walk(part)
 
 
@@ -315,29 +381,52 @@ def elsewhere(markdown: str) -> list[str]:
     """What would show as markup, or lead nowhere, where a notebook is read."""
     pandoc = load("build").pypandoc.get_pandoc_path()
     command = [pandoc, "--from=gfm+tex_math_dollars+gfm_auto_identifiers", "--to=json"]
-    tree = json.loads(subprocess.run(command, input=markdown, capture_output=True, text=True, check=True).stdout)
+    tree = json.loads(
+        subprocess.run(
+            command, input=markdown, capture_output=True, text=True, check=True
+        ).stdout
+    )
     found = list(walk(tree["blocks"]))
     ids = {element["c"][1][0] for element in found if element["t"] == "Header"}
-    targets = [element["c"][2][0] for element in found if element["t"] in ("Link", "Image")]
+    targets = [
+        element["c"][2][0] for element in found if element["t"] in ("Link", "Image")
+    ]
     words = " ".join(element["c"] for element in found if element["t"] == "Str")
     raw = re.findall(r"\$\$|\\tag|\\[a-z]{2,}|\[@\w+|\{#\w+|\$\S*\$", words)
     lost = [t for t in targets if t.startswith("#") and t[1:] not in ids]
-    files = [t for t in targets if not re.match(r"#|https?://", t) and not (ROOT / t.partition("#")[0]).exists()]
+    files = [
+        t
+        for t in targets
+        if not re.match(r"#|https?://", t) and not (ROOT / t.partition("#")[0]).exists()
+    ]
     return raw + lost + files
 
 
 def test_notebook_reads_well_elsewhere():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    assert elsewhere("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")) == []
+    assert (
+        elsewhere(
+            "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("as [@gu2022] says", "equation {#eq}", "$$\n\nx$$", "[a](#nowhere)", "[a](nofile.md)"),
+        *(
+            "as [@gu2022] says",
+            "equation {#eq}",
+            "$$\n\nx$$",
+            "[a](#nowhere)",
+            "[a](nofile.md)",
+        ),
         *("$ x^2 $ \\tag{1}", "\\alpha"),
     ],
 )
 def test_what_would_show_elsewhere_is_noticed(text):
     assert elsewhere(f"# Here\n\n{text}")
-    assert not elsewhere("# Here\n\n[a](#here), $x^2$, [b](README.md), `$$`, `[@a`\n\n$$x \\tag{1}$$")
+    assert not elsewhere(
+        "# Here\n\n[a](#here), $x^2$, [b](README.md), `$$`, `[@a`\n\n$$x \\tag{1}$$"
+    )

@@ -1,4 +1,6 @@
-"""What a run survives: kills, signals, a full disk, damage, a rival, other devices, other processes."""
+"""What a run survives: kills, signals, a full disk, damage, a rival, other devices,
+other processes.
+"""
 
 import json
 import os
@@ -21,7 +23,8 @@ from test_training import RECIPE, ROOT, SMALL, bigs, dataset, leaves
 LONG = dict(steps=60, save_every=5, log_every=5, evaluate_every=20)
 SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
 
-# One process of a run. The plan may hold it at a step until a file "go" appears, fill the disk before a step, or leave.
+# One process of a run. The plan may hold it at a step until a file "go" appears, fill
+# the disk before a step, or leave.
 WORKER = """
 import json, resource, sys, time
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
@@ -53,7 +56,8 @@ bigs.make_step = make_step
 try:
     with bigs.leaving_on_request() as asked:
         stop = lambda: asked() or number == plan.get("leave")
-        run = bigs.pretrain(SMALL, replace(RECIPE, **plan["recipe"]), dataset(), output, True, stop=stop)
+        recipe = replace(RECIPE, **plan["recipe"])
+        run = bigs.pretrain(SMALL, recipe, dataset(), output, True, stop=stop)
 except bigs.UserError as error:
     sys.exit(f"error: {error}")
 print("stopped at", run.history[-1]["step"])
@@ -67,10 +71,19 @@ def begin(tmp_path_factory):
 
     def start(output, recipe, devices=1, **plan):
         plan |= {"output": str(output), "recipe": recipe, "compiled": compiled}
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        living.append(subprocess.Popen([sys.executable, "-c", WORKER, str(ROOT), json.dumps(plan)], text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}))
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')}"
+            f" --xla_force_host_platform_device_count={devices}"
+        )
+        living.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(ROOT), json.dumps(plan)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            )
+        )
         return living[-1]
 
     yield start
@@ -90,14 +103,19 @@ def finish(*processes, status=0, seconds=180):
 def wait_for(condition, process=None, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        assert time.monotonic() < deadline and (
+            process is None or process.poll() is None
+        )
         time.sleep(0.002)
 
 
 def records(output, *kinds):
     """The log without what measures time; of the given kinds only, if any."""
-    return [{k: r[k] for k in ("step", "loss", "heldout") if k in r} for r in bigs.read_log(output)
-            if not kinds or any(kind in r for kind in kinds)]
+    return [
+        {k: r[k] for k in ("step", "loss", "heldout") if k in r}
+        for r in bigs.read_log(output)
+        if not kinds or any(kind in r for kind in kinds)
+    ]
 
 
 def reached(output):
@@ -110,9 +128,15 @@ def last_state(output, recipe):
 
 
 def assert_same_run(a, b, recipe, log=True):
-    """Bitwise: the published parameters, and step, parameters and moments of the last checkpoint."""
-    assert (a / "flax_model.msgpack").read_bytes() == (b / "flax_model.msgpack").read_bytes()
-    for one, other in zip(leaves(last_state(a, recipe)), leaves(last_state(b, recipe)), strict=True):
+    """Bitwise: the published parameters, and step, parameters and moments of the last
+    checkpoint.
+    """
+    assert (a / "flax_model.msgpack").read_bytes() == (
+        b / "flax_model.msgpack"
+    ).read_bytes()
+    for one, other in zip(
+        leaves(last_state(a, recipe)), leaves(last_state(b, recipe)), strict=True
+    ):
         assert one.tobytes() == other.tobytes()
     assert not log or records(a) == records(b)
 
@@ -130,7 +154,10 @@ def whole(begin, tmp_path_factory):
 def left(begin, tmp_path_factory):
     output = tmp_path_factory.mktemp("left")
     finish(begin(output, LONG, leave=12))
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["10", "12"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "10",
+        "12",
+    ]
     return output
 
 
@@ -145,13 +172,13 @@ def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
     luck, output, leftovers = random.Random(0), tmp_path / "killed", 0
     for kill in range(10):
         process = begin(output, LONG)
-        if kill in (0, 4, 7):                                     # at start-up, from Python's to the first step
+        if kill in (0, 4, 7):  # at start-up, from Python's to the first step
             time.sleep(luck.uniform(0.2, 3))
         else:
             wait_for(lambda goal=5 * kill: reached(output) >= goal, process)
-            if kill % 2:                                          # while stepping
+            if kill % 2:  # while stepping
                 time.sleep(luck.uniform(0, 0.2))
-            else:                                                 # while saving
+            else:  # while saving
                 wait_for(lambda: list(output.glob("checkpoints/*tmp*")), process)
         process.kill()
         process.communicate()
@@ -165,9 +192,23 @@ def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
 @pytest.mark.slow
 def test_a_request_to_leave_is_followed(project):  # noqa: F811
     def start(output, *more):
-        command = [sys.executable, "annotated_bigs.py", *PRETRAIN, "--corpus", "corpus.txt", "--steps", "40"]
-        return subprocess.Popen([*command, "--output", output, *more], cwd=project, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        command = [
+            sys.executable,
+            "annotated_bigs.py",
+            *PRETRAIN,
+            "--corpus",
+            "corpus.txt",
+            "--steps",
+            "40",
+        ]
+        return subprocess.Popen(
+            [*command, "--output", output, *more],
+            cwd=project,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
 
     finish(start("runs/whole"))
     left = start("runs/left")
@@ -177,21 +218,37 @@ def test_a_request_to_leave_is_followed(project):  # noqa: F811
     out, err = finish(left, status=143)
     assert time.monotonic() - asked < 20 and "Traceback" not in err
     step = reached(project / "runs/left")
-    assert 10 < step < 40 and f"stopped at step {step} of 40; go on with --resume" in out
-    assert [path.name for path in (project / "runs/left/checkpoints").iterdir()] == [str(step)]
+    assert (
+        10 < step < 40 and f"stopped at step {step} of 40; go on with --resume" in out
+    )
+    assert [path.name for path in (project / "runs/left/checkpoints").iterdir()] == [
+        str(step)
+    ]
     finish(start("runs/left", "--resume"))
-    ends = [(project / name / "flax_model.msgpack").read_bytes() for name in ("runs/whole", "runs/left")]
+    ends = [
+        (project / name / "flax_model.msgpack").read_bytes()
+        for name in ("runs/whole", "runs/left")
+    ]
     assert ends[0] == ends[1]
-    assert records(project / "runs/whole", "heldout") == records(project / "runs/left", "heldout")
+    assert records(project / "runs/whole", "heldout") == records(
+        project / "runs/left", "heldout"
+    )
 
 
 def test_a_folder_has_one_writer_until_it_is_killed(begin, whole, tmp_path):
     first = begin(tmp_path, LONG, hold=8)
     wait_for((tmp_path / "held").exists, first)
-    before = {name: (tmp_path / name).read_bytes() for name in ("run.json", "log.jsonl", "tokenizer.json")}
-    with pytest.raises(bigs.UserError, match=f"another process is writing to {tmp_path}"):
+    before = {
+        name: (tmp_path / name).read_bytes()
+        for name in ("run.json", "log.jsonl", "tokenizer.json")
+    }
+    with pytest.raises(
+        bigs.UserError, match=f"another process is writing to {tmp_path}"
+    ):
         bigs.pretrain(SMALL, replace(RECIPE, **LONG), dataset(), tmp_path, True)
-    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    assert all(
+        (tmp_path / name).read_bytes() == content for name, content in before.items()
+    )
     (tmp_path / "go").touch()
     wait_for(lambda: reached(tmp_path) >= 20, first)  # undisturbed
     first.kill()
@@ -200,35 +257,58 @@ def test_a_folder_has_one_writer_until_it_is_killed(begin, whole, tmp_path):
     assert_same_run(tmp_path, whole, LONG)
 
 
-@pytest.mark.parametrize("field, changes", [("seed", {"seed": 1}), ("batch", {"batch": 8}), ("steps", {"steps": 70}),
-                                            ("hidden_size", {}), ("text", {})])
+@pytest.mark.parametrize(
+    "field, changes",
+    [
+        ("seed", {"seed": 1}),
+        ("batch", {"batch": 8}),
+        ("steps", {"steps": 70}),
+        ("hidden_size", {}),
+        ("text", {}),
+    ],
+)
 def test_a_run_is_resumed_as_what_it_was(tmp_path, field, changes):
     data = dataset()._replace(identity="one")
-    settings = {"config": asdict(SMALL), "recipe": asdict(RECIPE), "data": {"text": "one"}}
+    settings = {
+        "config": asdict(SMALL),
+        "recipe": asdict(RECIPE),
+        "data": {"text": "one"},
+    }
     with bigs.claimed(tmp_path, settings, False):
         before = (tmp_path / "run.json").read_bytes()
     config = replace(SMALL, hidden_size=32) if field == "hidden_size" else SMALL
     other = data._replace(identity="other") if field == "text" else data
     with pytest.raises(bigs.UserError, match=f"^{field}: .* began with"):
         bigs.pretrain(config, replace(RECIPE, **changes), other, tmp_path, True)
-    assert (tmp_path / "run.json").read_bytes() == before and not (tmp_path / "log.jsonl").exists()
+    assert (tmp_path / "run.json").read_bytes() == before and not (
+        tmp_path / "log.jsonl"
+    ).exists()
 
 
 def test_what_changes_no_number_may_change(begin, whole, half):
     finish(begin(half, LONG | {"save_every": 20, "remat": True, "keep": 3}))
-    curves = [[(r["step"], r["heldout"]) for r in records(output, "heldout")] for output in (half, whole)]
+    curves = [
+        [(r["step"], r["heldout"]) for r in records(output, "heldout")]
+        for output in (half, whole)
+    ]
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
 def test_a_half_written_checkpoint_is_not_taken(begin, whole, half):
-    unfinished = half / "checkpoints" / "60.orbax-checkpoint-tmp"  # whole, but for its name
+    unfinished = (
+        half / "checkpoints" / "60.orbax-checkpoint-tmp"
+    )  # whole, but for its name
     shutil.copytree(whole / "checkpoints" / "60", unfinished)
-    cut = shutil.copytree(whole / "checkpoints" / "60", half / "checkpoints" / "15.orbax-checkpoint-tmp")
+    cut = shutil.copytree(
+        whole / "checkpoints" / "60", half / "checkpoints" / "15.orbax-checkpoint-tmp"
+    )
     for file in cut.rglob("d/*"):
         os.truncate(file, 10)
     finish(begin(half, LONG))
     assert_same_run(half, whole, LONG, log=False)
-    assert records(half, "heldout") == records(whole, "heldout")  # it went through all steps
+    assert records(half, "heldout") == records(
+        whole, "heldout"
+    )  # it went through all steps
     assert not unfinished.exists() and not cut.exists()
 
 
@@ -236,26 +316,39 @@ def test_a_damaged_checkpoint_is_named(begin, whole, half):
     for file in (half / "checkpoints" / "12").rglob("d/*"):
         os.truncate(file, file.stat().st_size // 2)
     _, err = finish(begin(half, LONG), status=1)
-    assert f"error: {half / 'checkpoints' / '12'}: this checkpoint cannot be read" in err and "delete that" in err
+    assert (
+        f"error: {half / 'checkpoints' / '12'}: this checkpoint cannot be read" in err
+        and "delete that" in err
+    )
     shutil.rmtree(half / "checkpoints" / "12")
     finish(begin(half, LONG))
     assert_same_run(half, whole, LONG)
 
 
-@pytest.mark.parametrize("steps", [15, 20])  # the end of the run, where it waits for the last checkpoint; or a step
+@pytest.mark.parametrize(
+    "steps", [15, 20]
+)  # the end of the run, where it waits for the last checkpoint; or a step
 def test_a_full_disk_keeps_the_last_checkpoint(begin, tmp_path, steps):
     recipe = LONG | {"steps": steps}
     _, err = finish(begin(tmp_path, recipe, full=14), status=1)
     assert int(last_state(tmp_path, recipe).step) == 10
-    message = err.partition("error: ")[2].partition("\n")[0]  # around it, orbax's threads report, too
-    assert str(tmp_path) in message and "step 15 could not be written" in message, err[-3000:]
+    message = err.partition("error: ")[2].partition("\n")[
+        0
+    ]  # around it, orbax's threads report, too
+    assert str(tmp_path) in message and "step 15 could not be written" in message, err[
+        -3000:
+    ]
     assert "too large" in message and "step 10" in message
     finish(begin(tmp_path, recipe))
-    assert [r["step"] for r in records(tmp_path, "loss")] == list(range(5, steps + 1, 5))
+    assert [r["step"] for r in records(tmp_path, "loss")] == list(
+        range(5, steps + 1, 5)
+    )
 
 
 def test_a_full_disk_keeps_the_log(tmp_path):
-    content = "".join(json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(0, 100, 10))
+    content = "".join(
+        json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(0, 100, 10)
+    )
     (tmp_path / "log.jsonl").write_text(content)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
@@ -275,17 +368,24 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("after, named", [(6, "step 7;"), (5, "step 6;"), (4, "step 5;")])
+@pytest.mark.parametrize(
+    "after, named", [(6, "step 7;"), (5, "step 6;"), (4, "step 5;")]
+)
 def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, after, named):
     """Parameters turn into NaN after a step, also after one whose state is saved."""
     make = bigs.make_step
 
     def poisoned(recipe):
         step = make(recipe)
+
         def once(state, batch):
             state, loss = step(state, batch)
             poison = np.nan if state.step == after else 1.0
-            return state._replace(model=jax.tree.map(lambda x: x * poison, state.model)), loss
+            return (
+                state._replace(model=jax.tree.map(lambda x: x * poison, state.model)),
+                loss,
+            )
+
         return once
 
     monkeypatch.setattr(bigs, "make_step", poisoned)
@@ -295,7 +395,9 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, after, named)
         bigs.pretrain(SMALL, replace(RECIPE, **recipe), dataset(), tmp_path)
     assert str(tmp_path) in str(raised.value)
     state = last_state(tmp_path, recipe)
-    assert int(state.step) == {6: 5, 5: 0, 4: 3}[after] and all(np.isfinite(x).all() for x in leaves(state))
+    assert int(state.step) == {6: 5, 5: 0, 4: 3}[after] and all(
+        np.isfinite(x).all() for x in leaves(state)
+    )
 
 
 def together(begin, output, recipe, **plan):
@@ -303,7 +405,10 @@ def together(begin, output, recipe, **plan):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [begin(output, recipe, distributed=f"{address},2,{index}", **plan) for index in (0, 1)]
+    return [
+        begin(output, recipe, distributed=f"{address},2,{index}", **plan)
+        for index in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +427,9 @@ def assert_same_curve(a, b):
         assert np.abs(x - y).max() < 1e-3 and np.median(np.abs(x - y)) < 1e-6
 
 
-def test_eight_devices_that_split_the_model_train_the_same_curve(begin, alone, tmp_path):
+def test_eight_devices_that_split_the_model_train_the_same_curve(
+    begin, alone, tmp_path
+):
     finish(begin(tmp_path, SHARED | {"shard": True}, devices=8))
     assert_same_curve(tmp_path, alone)
 
@@ -346,12 +453,22 @@ def test_two_processes_leave_together_if_one_is_asked(begin, tmp_path, index):
     pair[index].terminate()
     out, _ = finish(*pair, seconds=60)
     step = reached(tmp_path)
-    assert 10 < step < 100 and out.split()[-1] == str(step) and int(last_state(tmp_path, recipe).step) == step
+    assert (
+        10 < step < 100
+        and out.split()[-1] == str(step)
+        and int(last_state(tmp_path, recipe).step) == step
+    )
 
 
 def test_an_unfinished_run_can_be_exported(begin, half, tmp_path):
-    (tokenizer := bigs.train_tokenizer(["to be or not to be that is the question"] * 20, 60)).save_pretrained(half)
-    going_on = half / "checkpoints" / "15.orbax-checkpoint-tmp"  # a save that another process is about to finish
+    (
+        tokenizer := bigs.train_tokenizer(
+            ["to be or not to be that is the question"] * 20, 60
+        )
+    ).save_pretrained(half)
+    going_on = (
+        half / "checkpoints" / "15.orbax-checkpoint-tmp"
+    )  # a save that another process is about to finish
     going_on.mkdir()
     bigs.command_export(half, tmp_path / "model")
     assert going_on.exists(), "exporting a run destroyed what it was writing"
@@ -359,5 +476,8 @@ def test_an_unfinished_run_can_be_exported(begin, half, tmp_path):
     assert int(state.step) == 12
     for a, b in zip(leaves(model), leaves(state.model), strict=True):
         assert np.array_equal(a, b)
-    assert bigs.load_tokenizer(str(tmp_path / "model")).get_vocab() == tokenizer.get_vocab()
+    assert (
+        bigs.load_tokenizer(str(tmp_path / "model")).get_vocab()
+        == tokenizer.get_vocab()
+    )
     assert not (half / "flax_model.msgpack").exists()

@@ -1,4 +1,6 @@
-"""What the document says about speed: the benchmark, compile time, and the TPU's compiler asked without a TPU."""
+"""What the document says about speed: the benchmark, compile time, and the TPU's
+compiler asked without a TPU.
+"""
 
 import importlib.util
 import json
@@ -16,7 +18,9 @@ import pytest
 import annotated_bigs as bigs
 
 ROOT = Path(__file__).parents[1]
-SMALL = bigs.Config(60, 32, 2, 96, num_ssm=8, num_attention_heads=2, initializer_range=0.3)
+SMALL = bigs.Config(
+    60, 32, 2, 96, num_ssm=8, num_attention_heads=2, initializer_range=0.3
+)
 
 
 def kept(file):
@@ -33,16 +37,24 @@ def test_every_kind_and_route_is_timed(rows):
         routes = bigs.ROUTES[1:4] if what.startswith("convolution") else bigs.ROUTES
         assert [row["route"] for row in rows if row["what"] == what] == list(routes)
     assert all(row["length"] == 300 and row["batch"] == 2 for row in rows)
-    assert all(row["seconds"] > 0 and row["compile_seconds"] > 0 and row["gigabytes"] > 0 for row in rows)
+    assert all(
+        row["seconds"] > 0 and row["compile_seconds"] > 0 and row["gigabytes"] > 0
+        for row in rows
+    )
     for row in rows:
-        assert row["tokens_per_second"] == pytest.approx(row["batch"] * row["length"] / row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(
+            row["batch"] * row["length"] / row["seconds"]
+        )
         if row["route"] == "none":
             assert row["ratio"] == 1
 
 
 def test_what_needs_too_much_memory_is_planned_and_not_run():
     rows = bigs.benchmark(SMALL, [64], 64, 1, ["layer, forward"], memory=0.0)
-    assert all(row["seconds"] is None and row["ratio"] is None and row["gigabytes"] > 0 for row in rows)
+    assert all(
+        row["seconds"] is None and row["ratio"] is None and row["gigabytes"] > 0
+        for row in rows
+    )
     bigs.print_benchmark(rows)
 
 
@@ -53,7 +65,9 @@ def test_routes_are_what_they_are_called(route):
     layer, x = bigs.one_layer(config), jax.random.normal(jax.random.key(1), (32, 2, 32))
     got = bigs.layer_program("layer, forward", config)(layer, x)
     np.testing.assert_allclose(got, layer(x, np.ones((32, 2), bool)), atol=1e-5)
-    moved = bigs.layer_program("layer, forward", config)(layer, x.at[5, 0].add(1.0)) - got
+    moved = (
+        bigs.layer_program("layer, forward", config)(layer, x.at[5, 0].add(1.0)) - got
+    )
     others = np.abs(np.delete(np.asarray(moved), 5, axis=0)[:, 0]).max()
     assert (others > 0) == (route != "none")
     assert np.all(np.asarray(moved)[:, 1] == 0)  # sentences of a batch do not meet
@@ -61,10 +75,17 @@ def test_routes_are_what_they_are_called(route):
 
 def test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device():
     """The branch for CPUs and the one for the rest give the same numbers."""
-    ssm, u = bigs.SSM(16, "hippo", bigs.nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (300, 3, 4))
+    ssm, u = (
+        bigs.SSM(16, "hippo", bigs.nnx.Rngs(0)),
+        jax.random.normal(jax.random.key(0), (300, 3, 4)),
+    )
     for algorithm in ("toeplitz", "blocks", "fft"):
-        alone = jax.vmap(lambda x, a=algorithm: bigs.convolve(x, ssm.diagonal(), False, a), 1, 1)(u)
-        np.testing.assert_allclose(bigs.route_ssm(u, ssm, False, algorithm), alone, atol=2e-5)
+        alone = jax.vmap(
+            lambda x, a=algorithm: bigs.convolve(x, ssm.diagonal(), False, a), 1, 1
+        )(u)
+        np.testing.assert_allclose(
+            bigs.route_ssm(u, ssm, False, algorithm), alone, atol=2e-5
+        )
 
 
 def compile_seconds(config):
@@ -72,13 +93,18 @@ def compile_seconds(config):
     state = jax.eval_shape(lambda: bigs.fresh_state(config, recipe))
     shape = lambda width: jax.ShapeDtypeStruct((2, width), np.int32)  # noqa: E731
     start = time.perf_counter()
-    bigs.make_step(recipe).lower(state, bigs.Batch(shape(32), shape(20), shape(20))).compile()
+    bigs.make_step(recipe).lower(
+        state, bigs.Batch(shape(32), shape(20), shape(20))
+    ).compile()
     return time.perf_counter() - start
 
 
 def test_compile_time_does_not_grow_with_layers(monkeypatch):
     monkeypatch.setattr(bigs, "unrolled", lambda layers: False)
-    few, many = replace(SMALL, num_hidden_layers=2), replace(SMALL, num_hidden_layers=23)
+    few, many = (
+        replace(SMALL, num_hidden_layers=2),
+        replace(SMALL, num_hidden_layers=23),
+    )
     compile_seconds(few)  # whatever is prepared once
     ratios = [compile_seconds(many) / compile_seconds(few) for _ in range(3)]
     assert min(ratios) <= 1.5, ratios  # a noisy machine only adds
@@ -87,59 +113,118 @@ def test_compile_time_does_not_grow_with_layers(monkeypatch):
 def test_kept_benchmark_bears_out_the_text():
     """The numbers that room 5 and its table rest on, in the committed files."""
     large, tpu = kept("benchmark.json")["rows"], kept("tpu-v3.json")["rows"]
-    pick = lambda rows, *key: next(r for r in rows if (r["what"], r["length"], r["route"]) == key)  # noqa: E731
+
+    def pick(rows, *key):
+        return next(r for r in rows if (r["what"], r["length"], r["route"]) == key)
+
     alone = "convolution, forward"
-    assert pick(large, alone, 128, "fft")["seconds"] >= 5 * pick(large, alone, 128, "toeplitz")["seconds"]
+    assert (
+        pick(large, alone, 128, "fft")["seconds"]
+        >= 5 * pick(large, alone, 128, "toeplitz")["seconds"]
+    )
     training = "layer, training"
     for length in (128, 256, 512, 1024, 2048, 4096, 8192):
-        ways = {w: pick(large, training, length, w)["ratio"] for w in ("fft", "toeplitz", "blocks")}
+        ways = {
+            w: pick(large, training, length, w)["ratio"]
+            for w in ("fft", "toeplitz", "blocks")
+        }
         auto = "toeplitz" if length <= 512 else "blocks"
         assert ways[auto] <= 1.1 * min(r for r in ways.values() if r), length
-    speed = {row["length"]: row["tokens_per_second"] for row in kept("benchmark-long.json")["rows"]
-             if row["route"] == "blocks"}
+    speed = {
+        row["length"]: row["tokens_per_second"]
+        for row in kept("benchmark-long.json")["rows"]
+        if row["route"] == "blocks"
+    }
     assert speed[1024] <= 1.2 * speed[8192]
-    for length, most, way in ((128, 1.07, "toeplitz"), (512, 1.15, "toeplitz"), (4096, 1.25, "blocks")):
+    for length, most, way in (
+        (128, 1.07, "toeplitz"),
+        (512, 1.15, "toeplitz"),
+        (4096, 1.25, "blocks"),
+    ):
         row = pick(tpu, training, length, way)
         assert row["ratio"] <= most and row["opaque"] == []
-    assert all(row["gigabytes"] < 0.9 * row["available"] for row in kept("tpu-v3.json")["memory"])
+    assert all(
+        row["gigabytes"] < 0.9 * row["available"]
+        for row in kept("tpu-v3.json")["memory"]
+    )
 
 
 @pytest.mark.slow
 def test_the_matrix_is_five_times_faster_than_the_fft():
-    """One convolution of the large layer at 128 tokens, forward, compiled as a reader's machine does."""
-    code = ("import annotated_bigs as b; b.keep_memory()\n"
-            "rows = b.benchmark(b.large, [128], 2048, 9, ['convolution, forward'])\n"
-            "print({r['route']: r['ratio'] for r in rows}['toeplitz'])")
+    """One convolution of the large layer at 128 tokens, forward, compiled as a reader's
+    machine does.
+    """
+    code = (
+        "import annotated_bigs as b; b.keep_memory()\n"
+        "rows = b.benchmark(b.large, [128], 2048, 9, ['convolution, forward'])\n"
+        "print({r['route']: r['ratio'] for r in rows}['toeplitz'])"
+    )
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert float(result.stdout) <= 1 / 5, result.stderr[-2000:]
 
 
 def test_the_command_writes_what_it_measured(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "annotated_bigs.py"), "benchmark", "--lengths", "32", "--tokens", "64",
-               "--repeats", "1", "--kinds", "layer, forward", "--json", "found.json"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "annotated_bigs.py"),
+        "benchmark",
+        "--lengths",
+        "32",
+        "--tokens",
+        "64",
+        "--repeats",
+        "1",
+        "--kinds",
+        "layer, forward",
+        "--json",
+        "found.json",
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["measured"]["command"].startswith("python annotated_bigs.py benchmark --lengths 32")
+    assert found["measured"]["command"].startswith(
+        "python annotated_bigs.py benchmark --lengths 32"
+    )
     assert "32 tokens" in result.stdout and len(found["rows"]) == len(bigs.ROUTES)
 
 
 @pytest.mark.slow
 def test_a_tpu_v3_by_its_compiler():
-    """The shipped layer, compiled for the paper's hardware: what routing adds, and that the run fits."""
+    """The shipped layer, compiled for the paper's hardware: what routing adds, and that
+    the run fits.
+    """
     if importlib.util.find_spec("libtpu") is None:
         assert os.environ.get("CI") != "true", "CI has to install libtpu"
         pytest.skip("the TPU compiler, package libtpu, is not installed")
-    code = ("import json, annotated_bigs as b\n"
-            "rows = b.layers_on_tpu('v3', (128, 512, 4096), ('none', 'auto'))\n"
-            "print(json.dumps([rows, b.steps_on_tpu('v3')]))")
+    code = (
+        "import json, annotated_bigs as b\n"
+        "rows = b.layers_on_tpu('v3', (128, 512, 4096), ('none', 'auto'))\n"
+        "print(json.dumps([rows, b.steps_on_tpu('v3')]))"
+    )
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     rows, steps = json.loads(result.stdout.splitlines()[-1])
     ratio = {row["length"]: row["ratio"] for row in rows if row["route"] == "auto"}
     assert ratio[128] <= 1.07 and ratio[512] <= 1.15 and ratio[4096] <= 1.25, ratio
     assert all(row["opaque"] == [] for row in rows)
-    assert all(step["gigabytes"] and step["gigabytes"] < 0.9 * step["available"] for step in steps)
+    assert all(
+        step["gigabytes"] and step["gigabytes"] < 0.9 * step["available"]
+        for step in steps
+    )

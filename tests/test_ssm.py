@@ -14,13 +14,17 @@ def random_system(seed, N=4):
     return A, rng.normal(size=N)
 
 
-@pytest.mark.parametrize("rule, method", [(bigs.discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")])
+@pytest.mark.parametrize(
+    "rule, method", [(bigs.discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")]
+)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dt", [0.01, 0.3])
 def test_discretization_is_scipys(rule, method, seed, dt):
     A, B = random_system(seed)
     A_bar, B_bar = rule(A, B, dt)
-    exact = scipy.signal.cont2discrete((A, B[:, None], np.eye(4), np.zeros((4, 1))), dt, method)
+    exact = scipy.signal.cont2discrete(
+        (A, B[:, None], np.eye(4), np.zeros((4, 1))), dt, method
+    )
     np.testing.assert_allclose(A_bar, exact[0], atol=3e-6)
     np.testing.assert_allclose(B_bar, exact[1][:, 0], atol=3e-6)
 
@@ -29,7 +33,9 @@ def test_diagonal_discretization_is_scipys():
     poles = bigs.s4d_lin(3)
     ssm = bigs.DiagonalSSM(poles, np.ones(3) + 0j, np.array(0.2))
     A_bar, B_bar = bigs.discretize_diagonal(ssm)
-    exact = scipy.signal.cont2discrete((np.diag(poles), np.ones((3, 1)), np.eye(3), np.zeros((3, 1))), 0.2, "zoh")
+    exact = scipy.signal.cont2discrete(
+        (np.diag(poles), np.ones((3, 1)), np.eye(3), np.zeros((3, 1))), 0.2, "zoh"
+    )
     np.testing.assert_allclose(A_bar, np.diag(exact[0]), atol=1e-6)
     np.testing.assert_allclose(B_bar, exact[1][:, 0], atol=1e-6)
 
@@ -60,8 +66,9 @@ def kernel64(ssm, L):
 def test_kernel_is_the_recurrence(scaling, seed):
     ssm = bigs.SSM(64, scaling, bigs.nnx.Rngs(seed)).diagonal()
     exact = kernel64(ssm, 128)
-    # The phase l dt Im A is rounded to float32 before its cosine is taken, so each fade may be
-    # wrong by that rounding; the tolerance is the sum over n of |C_n B_n| phase eps.
+    # The phase l dt Im A is rounded to float32 before its cosine is taken, so each fade
+    # may be wrong by that rounding; the tolerance is the sum over n of |C_n B_n| phase
+    # eps.
     phase = np.abs(np.asarray(ssm.A)) * float(ssm.dt) * 128
     weight = np.abs(np.asarray(ssm.C) * np.asarray(bigs.discretize_diagonal(ssm)[1]))
     tolerance = 2 * (weight * (phase + 4)).sum() * np.finfo(np.float32).eps
@@ -86,7 +93,9 @@ def test_hippo_normal_part():
 
 
 def test_step_sizes_are_log_uniform_between_a_hundredth_and_one():
-    steps = np.array([bigs.SSM(1, "lin", bigs.nnx.Rngs(seed)).log_step[0] for seed in range(200)])
+    steps = np.array(
+        [bigs.SSM(1, "lin", bigs.nnx.Rngs(seed)).log_step[0] for seed in range(200)]
+    )
     assert np.log(0.01) <= steps.min() < -4.2 and -0.4 < steps.max() <= 0
     assert abs(steps.mean() - np.log(0.1)) < 0.3
 

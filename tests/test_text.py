@@ -22,18 +22,27 @@ def test_embedded_english_is_prose(english):
 def test_nothing_is_on_both_sides(english):
     sides = [{d.module for d in part} for part in (english.train, english.heldout)]
     assert not sides[0] & sides[1]
-    texts = [{d.text.lower() for d in part} for part in (english.train, english.heldout)]
+    texts = [
+        {d.text.lower() for d in part} for part in (english.train, english.heldout)
+    ]
     assert not texts[0] & texts[1]
-    share = sum(len(d.text) for d in english.heldout) / sum(len(d.text) for d in english.train + english.heldout)
+    share = sum(len(d.text) for d in english.heldout) / sum(
+        len(d.text) for d in english.train + english.heldout
+    )
     assert 0.02 < share < 0.15
     packages = {d.module.split("/")[0] for d in english.train}
-    assert packages == set(bigs.PACKAGES) == set(sorted(bigs.PACKAGES)) and list(bigs.PACKAGES) == sorted(bigs.PACKAGES)
+    assert packages == set(bigs.PACKAGES) == set(sorted(bigs.PACKAGES)) and list(
+        bigs.PACKAGES
+    ) == sorted(bigs.PACKAGES)
 
 
 def test_gathering_takes_at_most_twenty_seconds_and_repeats_itself(english):
     import time
+
     seconds = []
-    while not seconds or (seconds[-1] > 20 and len(seconds) < 3):  # machines are shared; the best of three counts
+    while not seconds or (
+        seconds[-1] > 20 and len(seconds) < 3
+    ):  # machines are shared; the best of three counts
         start = time.perf_counter()
         again = bigs.embedded_english.__wrapped__()
         seconds.append(time.perf_counter() - start)
@@ -51,10 +60,18 @@ def test_packing_keeps_every_token():
     texts = ["one two three four"] * 50
     tokenizer = bigs.train_tokenizer(texts, 60)
     rows = bigs.pack(texts, tokenizer, 16)
-    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == tokenizer.sep_token_id).all()
+    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (
+        rows[:, -1] == tokenizer.sep_token_id
+    ).all()
     stream = rows[:, 1:-1].ravel()
-    ids = [*tokenizer("one two three four", add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-    assert stream.tolist() == (ids * 50)[:len(stream)] and len(stream) > len(ids) * 50 - 14
+    ids = [
+        *tokenizer("one two three four", add_special_tokens=False)["input_ids"],
+        tokenizer.sep_token_id,
+    ]
+    assert (
+        stream.tolist() == (ids * 50)[: len(stream)]
+        and len(stream) > len(ids) * 50 - 14
+    )
 
 
 def test_pairs_are_balanced_and_honest(english):
@@ -66,7 +83,10 @@ def test_pairs_are_balanced_and_honest(english):
 
 
 def test_overlap_baseline_can_be_beaten_and_beats_chance(english):
-    train, test = bigs.make_pairs(english.train, 0, 2000), bigs.make_pairs(english.heldout, 1, 1000)
+    train, test = (
+        bigs.make_pairs(english.train, 0, 2000),
+        bigs.make_pairs(english.heldout, 1, 1000),
+    )
     assert 0.5 < bigs.overlap_baseline(train, test) < 0.95
 
 
