@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,7 +69,7 @@ class Disk:
         return os.path.abspath(os.fsdecode(path)).startswith(self.folder + os.sep)
 
     def is_ours(self, path):
-        """Orbax's writes are tried in tests/test_recovery.py."""
+        """Orbax's writes are not."""
         return f"{os.sep}checkpoints" not in os.fsdecode(path)
 
     def tear(self, path, flags):
@@ -316,17 +317,14 @@ def test_what_inspect_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(
         bigs, "losses_without", lambda network, tokenizer, text: losses[Path(text).name]
     )
-    for which in losses:
-        save(tmp_path / which, which)
-    kernels = [bigs.kernels_of(model(which)) for which in ("old", "new")]
-    monkeypatch.setattr(
-        bigs, "kernels_of", lambda network: kernels[same(network, model("new"))]
-    )
+    kernels = {which: bigs.kernels_of(model(which)) for which in losses}
+    monkeypatch.setattr(bigs, "from_pretrained", lambda name, task: name)
+    monkeypatch.setattr(bigs, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(bigs, "kernels_of", kernels.get)
     monkeypatch.setattr(bigs, "print_reading", lambda *_: None)
 
     def inspect(folder, which):
-        name = str(tmp_path / which)
-        bigs.command_inspect(name, heldout=(which,), output=folder / "read")
+        bigs.command_inspect(which, heldout=(which,), output=folder / "read")
 
     def state(folder):
         bigs.finish_writing(folder / "read")
@@ -429,3 +427,160 @@ def test_records_and_answers_of_fine_tuning(tmp_path, monkeypatch):
 def same(one, other):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
+
+
+# Runs
+
+
+RECIPE = bigs.Recipe(
+    steps=4,
+    batch=4,
+    length=16,
+    learning_rate=1e-2,
+    log_every=1,
+    save_every=2,
+    evaluate_every=4,
+)
+
+
+def dataset():
+    tokens = np.random.default_rng(0).integers(5, PIECES, (40, 16))
+    tokens[:, 0] = 2
+    tokens[:, -1] = 3
+    rows = bigs.Rows(tokens, PIECES, 4, (0, 2, 3))
+    return bigs.Dataset(tokenizer("old"), rows, [bigs.batch_at(rows, 8, 9, 0)], "words")
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+class States:
+    """Stands in for orbax, whose threads cannot be killed without their process.
+
+    A state is a function of its step, so it is kept in memory, and a folder tells that
+    it is there. Orbax's own writes are tried in tests/test_recovery.py.
+    """
+
+    kept = {}
+
+    def __init__(self, directory, keep=2, read_only=False):
+        self.directory = directory / "checkpoints"
+        self.directory.mkdir(exist_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def latest_step(self):
+        return max((int(path.name) for path in self.directory.iterdir()), default=None)
+
+    def save(self, step, args):
+        self.kept[step] = copied(args.item)
+        (self.directory / str(step)).mkdir()
+
+    def restore(self, step, args):
+        return copied(self.kept[step])
+
+    def wait_until_finished(self):
+        pass
+
+    def reached_preemption(self, step):
+        return False
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The step and the first state of a run, which take seconds to compile."""
+    return functools.cache(bigs.make_step), bigs.fresh_state(CONFIG, RECIPE)
+
+
+@pytest.fixture
+def pretrain(monkeypatch, compiled):
+    """`pretrain` at its smallest."""
+    make_step, first = compiled
+    monkeypatch.setattr(bigs, "make_step", make_step)
+    monkeypatch.setattr(bigs, "fresh_state", lambda *_: copied(first))
+    monkeypatch.setattr(bigs, "checkpoints", States)
+    monkeypatch.setattr(bigs, "product_rate", lambda dtype: 1e9)
+
+    def run(folder, resume=True, recipe=RECIPE, **options):
+        return bigs.pretrain(CONFIG, recipe, dataset(), folder, resume, **options)
+
+    return run
+
+
+def records(folder):
+    """The log without what measures time."""
+    kept = ("step", "loss", "heldout")
+    log = bigs.read_log(folder)
+    return [{name: r[name] for name in kept if name in r} for r in log]
+
+
+def finished_run(folder):
+    return records(folder), answer(folder)
+
+
+@pytest.fixture
+def undisturbed(pretrain, tmp_path):
+    pretrain(tmp_path / "undisturbed")
+    return finished_run(tmp_path / "undisturbed")
+
+
+def check_run(folder, log, tokens):
+    """What is there is whole; of the log, what the run must not lose."""
+    if (folder / "run.json").exists():
+        bigs.read_settings(folder)
+    assert records(folder)[: len(log)] == log
+    bigs.finish_writing(folder)
+    for name, content in tokens.items():
+        if (folder / name).exists():
+            assert (folder / name).read_bytes() == content
+
+
+def test_a_run_killed_at_each_of_its_writes(pretrain, undisturbed, tmp_path):
+    words = {
+        name: (tmp_path / "undisturbed" / name).read_bytes()
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+
+    def write(folder):
+        pretrain(folder / "run")
+
+    def check(folder):
+        check_run(folder / "run", [], words)
+
+    def finished(folder):
+        assert finished_run(folder / "run") == undisturbed
+        names = {path.name for path in (folder / "run").iterdir()}
+        assert not [name for name in names if name.startswith(".part")]
+
+    kills = kill_everywhere(tmp_path, lambda folder: None, write, check, finished)
+    assert kills >= 40
+
+
+def test_a_resumed_run_killed_at_each_of_its_writes(pretrain, undisturbed, tmp_path):
+    half = tmp_path / "half"
+    steps = iter([False, True])
+    pretrain(half, stop=lambda: next(steps))
+    log = records(half)
+    assert log[-1]["step"] == 2
+    words = {"tokenizer.json": (half / "tokenizer.json").read_bytes()}
+    words["run.json"] = (half / "run.json").read_bytes()
+
+    def prepare(folder):
+        shutil.copytree(half, folder / "run")
+
+    def write(folder):
+        pretrain(folder / "run")
+
+    def check(folder):
+        assert (folder / "run" / "tokenizer.json").exists()
+        check_run(folder / "run", log, words)
+
+    def finished(folder):
+        assert finished_run(folder / "run") == undisturbed
+
+    assert kill_everywhere(tmp_path, prepare, write, check, finished) >= 30
