@@ -426,7 +426,7 @@ def keep_results(file: Path, **values: Any) -> None:
     """
     try:
         known = dict(json.loads(file.read_text())) if file.exists() else {}
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: not JSON, or no object ({error}); move it away, or choose another"
         ) from None

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -196,6 +196,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    settings = {
+        "config": asdict(SMALL),
+        "recipe": asdict(RECIPE),
+        "data": {"text": dataset().identity},
+    }
+    with bigs.claimed(tmp_path, settings, False):
+        (tmp_path / "checkpoints").mkdir()
     old = [
         {"step": 0, "heldout": 9.0},
         {"step": 10, "loss": 8.0},
@@ -208,7 +215,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    (tmp_path / "log.jsonl").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(bigs.UserError, match="--resume"):
         bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path)
 

@@ -159,7 +159,7 @@ TEXT = "to [MASK] or not"
 
 @functools.cache
 def tokenizer(which):
-    """Two vocabularies of one size, so that nothing but the answers tells them apart."""
+    """Two vocabularies of one size: only the answers tell them apart."""
     text = {
         "old": "to be or not to be that is the question whether it is nobler",
         "new": "in the mind to suffer the slings and arrows or not to take arms",
@@ -360,7 +360,9 @@ def test_a_vocabulary(tmp_path, monkeypatch):
     assert kills >= 6
 
 
-def test_records_and_answers_of_fine_tuning(tmp_path, monkeypatch):
+@pytest.fixture
+def fine_tuned(monkeypatch):
+    """Runs a task with some seeds; none is trained, the second is better."""
     splits = {"test": bigs.Texts([("to be", None)] * 3, None)}
 
     def tune(name, splits, start, tokenizer, tuning, variant, seed):
@@ -376,49 +378,43 @@ def test_records_and_answers_of_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(bigs, "encode", lambda *_: None)
 
     def run(folder, seeds):
-        return bigs.run_task(
-            "sst2",
-            splits,
-            model("old"),
-            tokenizer("old"),
-            bigs.Tuning(),
-            ("pretrained",),
-            seeds,
-            folder / "sst2",
-        )
+        given = model("old"), tokenizer("old"), bigs.Tuning()
+        variants = ("pretrained",)
+        output = folder / "sst2"
+        records = bigs.run_task("sst2", splits, *given, variants, seeds, output)
+        assert [record["seed"] for record in records] == list(range(seeds))
 
-    def prepare(folder):
-        run(folder, 1)
+    return run
 
-    def write(folder):
-        assert [record["seed"] for record in run(folder, 2)] == [0, 1]
 
-    def parts(folder):
-        answers = (folder / "answers" / "SST-2.tsv").read_text()
-        return {
-            "model": answer(folder / "sst2"),
-            "answers": answers,
-            "first": json_of(folder / "sst2" / "pretrained-0.json"),
-        }
+def parts_of_task(folder):
+    return {
+        "model": answer(folder / "sst2"),
+        "answers": (folder / "answers" / "SST-2.tsv").read_text(),
+        "first": json_of(folder / "sst2" / "pretrained-0.json"),
+    }
 
+
+def test_records_and_answers_of_fine_tuning(tmp_path, fine_tuned):
+    prepare = functools.partial(fine_tuned, seeds=1)
+    write = functools.partial(fine_tuned, seeds=2)
     once = tmp_path / "once"
     prepare(once)
-    old = parts(once)
+    old = parts_of_task(once)
     write(once)
-    new = parts(once)
+    new = parts_of_task(once)
     assert old["model"] != new["model"] and old["answers"] != new["answers"]
 
     def check(folder):
-        found = parts(folder)
-        for name, part in found.items():
-            assert part in (old[name], new[name]), name
+        found = parts_of_task(folder)
+        assert all(found[name] in (old[name], new[name]) for name in found)
         second = folder / "sst2" / "pretrained-1.json"
-        if second.exists():
+        if second.exists():  # it is written last
             assert json_of(second)["seed"] == 1
             assert found == new
 
     def finished(folder):
-        assert parts(folder) == new
+        assert parts_of_task(folder) == new
         assert (folder / "sst2" / "pretrained-1.json").exists()
 
     assert kill_everywhere(tmp_path, prepare, write, check, finished) >= 20
@@ -584,3 +580,284 @@ def test_a_resumed_run_killed_at_each_of_its_writes(pretrain, undisturbed, tmp_p
         assert finished_run(folder / "run") == undisturbed
 
     assert kill_everywhere(tmp_path, prepare, write, check, finished) >= 30
+
+
+# What is refused
+
+
+def everything(folder):
+    """All files of a folder, to see that none is touched."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+FOREIGN = {
+    "a finished model": lambda folder: save(folder, "new"),
+    "the model that comes along": lambda folder: shutil.copytree(bigs.BOXED, folder),
+    "a log": lambda folder: write_log(folder, 3),
+    "a note": lambda folder: write_file(folder / "notes.txt", "mine"),
+}
+
+
+def write_file(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+
+
+def write_log(folder, until):
+    lines = [
+        json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(until + 1)
+    ]
+    write_file(folder / "log.jsonl", "".join(lines))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_folder_of_something_else_is_not_touched(pretrain, tmp_path, what, resume):
+    folder = tmp_path / "here"
+    FOREIGN[what](folder)
+    before = everything(folder)
+    with pytest.raises(bigs.UserError, match=f"output: {folder} holds .* no run.json"):
+        pretrain(folder, resume)
+    assert everything(folder) == before
+
+
+def test_fine_tuning_does_not_touch_another_model(tmp_path):
+    folder = tmp_path / "cola"
+    save(folder, "new")
+    before = everything(folder)
+    settings = {"grid": {"batch": [16]}}
+    with pytest.raises(bigs.UserError, match="but no run.json"):
+        with bigs.claimed(folder, settings, True):
+            pass
+    assert everything(folder) == before
+
+
+def test_a_start_that_was_killed_at_once_is_begun_again(pretrain, tmp_path):
+    write_file(tmp_path / "run" / "lock", "")
+    write_file(tmp_path / "run" / ".part-abc" / "run.json", "{")
+    pretrain(tmp_path / "run", resume=False)
+    assert (tmp_path / "run" / "config.json").exists()
+    assert not list((tmp_path / "run").glob(".part*"))
+
+
+@pytest.fixture
+def half(pretrain, tmp_path):
+    """A run that was left at step 2 of 4."""
+    steps = iter([False, True])
+    pretrain(tmp_path / "half", stop=lambda: next(steps))
+    return tmp_path / "half"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{}", "run.json: config lacks vocab_size; add what the run began with"),
+        ("[]", "run.json: not the settings of a run"),
+        ('{"config": 3}', "run.json: not the settings of a run"),
+        ('{"config": {"voc', "run.json: not the settings of a run"),
+        (None, "half holds checkpoints, but no run.json that tells whose it is"),
+    ],
+)
+def test_a_run_that_does_not_tell_what_it_was_is_not_resumed(
+    pretrain, half, content, message
+):
+    (half / "run.json").unlink()
+    if content is not None:
+        (half / "run.json").write_text(content)
+    before = everything(half)
+    with pytest.raises(bigs.UserError, match=message):
+        pretrain(half, recipe=replace(RECIPE, seed=1))
+    assert everything(half) == before
+
+
+def test_a_seed_that_is_missing_is_not_made_up(pretrain, half):
+    settings = json.loads((half / "run.json").read_text())
+    del settings["recipe"]["seed"]
+    (half / "run.json").write_text(json.dumps(settings))
+    before = everything(half)
+    with pytest.raises(bigs.UserError, match="run.json: recipe lacks seed"):
+        pretrain(half, recipe=replace(RECIPE, seed=1))
+    assert everything(half) == before
+
+
+def test_what_changes_no_number_may_be_missing(pretrain, half, undisturbed):
+    settings = json.loads((half / "run.json").read_text())
+    for field in bigs.FREE:
+        del settings["recipe"][field]
+    (half / "run.json").write_text(json.dumps(settings))
+    pretrain(half)
+    assert finished_run(half) == undisturbed
+
+
+def lose_folder(half):
+    shutil.rmtree(half / "checkpoints")
+
+
+def lose_states(half):
+    shutil.rmtree(half / "checkpoints" / "2")
+    write_log(half, 5)  # beyond the second checkpoint
+
+
+def lose_all_but_the_model(half):
+    lose_folder(half)
+    (half / "log.jsonl").unlink()
+    save(half, "new")
+
+
+@pytest.mark.parametrize(
+    "lose, found",
+    [
+        (lose_folder, "log.jsonl has reached step 2"),
+        (lose_states, "log.jsonl has reached step 5"),
+        (lose_all_but_the_model, "the finished model is there"),
+    ],
+)
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(pretrain, half, lose, found):
+    lose(half)
+    before = everything(half)
+    message = f"{half / 'checkpoints'}: no checkpoint is left, but {found}; put "
+    for _ in range(2):  # nor the second time, with fewer checkpoints
+        with pytest.raises(bigs.UserError, match=message):
+            pretrain(half, recipe=replace(RECIPE, save_every=100))
+    assert everything(half) == before
+
+
+@pytest.mark.parametrize("until", [0, 1, 2, 4])
+def test_a_run_killed_before_a_checkpoint_was_whole_begins_anew(
+    pretrain, half, undisturbed, until
+):
+    """The first is finished in the background, until the second is begun at step 4."""
+    shutil.rmtree(half / "checkpoints" / "2")
+    write_log(half, until)
+    pretrain(half)
+    assert finished_run(half) == undisturbed
+
+
+def test_a_tokenizer_is_not_written_again(pretrain, half):
+    before = (half / "tokenizer.json").stat()
+    steps = iter([True])
+    pretrain(half, stop=lambda: next(steps))
+    after = (half / "tokenizer.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_a_damaged_log_is_named(pretrain, half):
+    for line in ('{"step": 1', "[]", '{"loss": 3.0}', '{"step": "x"}'):
+        (half / "log.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(bigs.UserError, match="log.jsonl, line 2: no record of a"):
+            pretrain(half)
+
+
+# Readers, and the disk
+
+
+def left_ready(tmp_path):
+    """What a process leaves that is killed when no new file is moved yet."""
+    folder = tmp_path / "model"
+    save(folder, "old")
+    save(tmp_path / "other", "new")
+    (tmp_path / "other").rename(folder / bigs.INCOMING)
+    return folder
+
+
+def test_who_loads_a_model_gets_the_new_one(tmp_path):
+    assert same(bigs.from_pretrained(left_ready(tmp_path)), model("new"))
+    assert not (tmp_path / "model" / bigs.INCOMING).exists()
+
+
+def test_who_loads_a_tokenizer_gets_the_new_one(tmp_path):
+    found = bigs.load_tokenizer(left_ready(tmp_path))
+    assert found.get_vocab() == tokenizer("new").get_vocab()
+
+
+def test_a_task_starts_from_a_model_that_is_ready(tmp_path):
+    save(tmp_path / "model", "new")
+    (tmp_path / "mnli").mkdir()
+    (tmp_path / "model").rename(tmp_path / "mnli" / bigs.INCOMING)
+    found = bigs.starting_point("elsewhere", None, "rte", tmp_path)
+    assert found == str(tmp_path / "mnli")
+
+
+def test_two_processes_may_finish_the_same_writing(tmp_path, monkeypatch):
+    """Another one is faster with every file, and with the folder."""
+    folder = left_ready(tmp_path)
+    replace_file = Path.replace
+
+    def replace_after_another(file, target):
+        monkeypatch.setattr(Path, "replace", replace_file)
+        bigs.finish_writing(folder)
+        return replace_file(file, target)
+
+    monkeypatch.setattr(Path, "replace", replace_after_another)
+    bigs.finish_writing(folder)
+    assert same(bigs.from_pretrained(folder), model("new"))
+
+
+def test_new_files_that_cannot_be_moved_are_named(tmp_path):
+    folder = left_ready(tmp_path)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    message = f"{folder / 'incoming'}: a killed process left new files.*move them into"
+    with pytest.raises(bigs.UserError, match=message):
+        bigs.from_pretrained(folder)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    write_file(tmp_path / "file", "mine")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    save_here = functools.partial(bigs.save_pretrained, model("new"))
+
+    def write_here(place):
+        with bigs.write_whole(place) as part:
+            part.write_text("new")
+
+    for write, place in (
+        (save_here, tmp_path / "file"),
+        (save_here, tmp_path / "file" / "model"),
+        (write_here, tmp_path / "folder"),
+    ):
+        with pytest.raises(
+            bigs.UserError, match=f"{place}: cannot be written .*; make"
+        ):
+            write(place)
+    assert everything(tmp_path) == {"file": b"mine"}
+    assert (tmp_path / "folder" / "inner").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3", None])
+def test_results_that_are_none_are_not_replaced(tmp_path, content):
+    file = tmp_path / "found.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    before = everything(tmp_path)
+    with pytest.raises(bigs.UserError, match="found.json: not JSON, or no object"):
+        bigs.keep_results(file, width=1)
+    assert everything(tmp_path) == before
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    save(tmp_path / "model", "old")
+    before = everything(tmp_path)
+    for writing in (bigs.write_whole, bigs.write_folder_whole):
+        for place in (tmp_path / "model", tmp_path / "new"):
+            with pytest.raises(ZeroDivisionError), writing(place) as part:
+                part.parent.joinpath("half").write_text("half")
+                raise ZeroDivisionError
+    assert everything(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_can_be_read_by_whom_others_can_be(tmp_path):
+    """The mode is that of a file that is written in place."""
+    write_file(tmp_path / "plain" / "file", "")
+    bigs.keep_results(tmp_path / "model" / "found.json", width=1)
+    save(tmp_path / "model", "new")
+    save(tmp_path / "fresh", "new")
+    for file in ("model/found.json", "model/config.json", "fresh/config.json"):
+        for path in (tmp_path / file, (tmp_path / file).parent):
+            plain = tmp_path / "plain"
+            plain = plain / "file" if path.is_file() else plain
+            assert path.stat().st_mode == plain.stat().st_mode
