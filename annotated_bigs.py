@@ -311,7 +311,7 @@ def keep_results(file: Path, **values: Any) -> None:
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "found.json"
     >>> keep_results(file, length=2.5)
-    ... keep_results(file, width=1.0)
+    >>> keep_results(file, width=1.0)
     >>> sorted(json.loads(file.read_text()))
     ['length', 'measured', 'width']
     """
@@ -500,8 +500,8 @@ def ssm_scan(
     output moves.
 
     >>> u = np.ones((4, 1))
-    ... v = u.copy()
-    ... v[3] = 7
+    >>> v = u.copy()
+    >>> v[3] = 7
     >>> (ssm_scan(half, one, one, u) == ssm_scan(half, one, one, v))[:, 0].tolist()
     [True, True, True, False]
     """
@@ -4498,8 +4498,8 @@ class Journal:
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> journal = Journal(folder, 0)
-    ... journal.record(10, loss=2.5)
-    ... journal.record(20, loss=2.0)
+    >>> journal.record(10, loss=2.5)
+    >>> journal.record(20, loss=2.0)
     >>> Journal(folder, 10).history
     [{'step': 10, 'loss': 2.5}]
     """
@@ -6138,8 +6138,8 @@ def movement(
     """(relative change, layer, direction) of each kernel, the largest change first.
 
     >>> a = np.ones((2, 2, 3))
-    ... b = a.copy()
-    ... b[1, 0] = 2
+    >>> b = a.copy()
+    >>> b[1, 0] = 2
     >>> movement(a, b)[0]
     (1.0, 1, 0)
     """
