@@ -66,32 +66,19 @@ REPOSITORY = ""
 
 
 if "google.colab" in sys.modules:
-    wanted = {
-        "jaxtyping": "jaxtyping",
-        "tyro": "tyro",
-        "datasets": "datasets",
-        "orbax": "orbax-checkpoint",
-    }
-    missing = [
-        package
-        for name, package in wanted.items()
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:  # what the image carries is left as it is
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", *missing], check=True
-        )
-    if not REPOSITORY:
-        print(
-            "This repository has no public address yet: only the embedded demonstration"
-            " can run."
-        )
-        Path("data").mkdir(exist_ok=True)
-    elif not Path("data").exists():
-        subprocess.run(
-            ["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"], check=True
-        )
+    if REPOSITORY and not Path("requirements.txt").exists():
+        if not Path("repository").exists():
+            clone = ["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"]
+            subprocess.run(clone, check=True)
         os.chdir("repository")
+    if Path("requirements.txt").exists():
+        packages = ["-r", "requirements.txt"]  # pip keeps what is new enough
+    else:
+        names = {"jaxtyping": "jaxtyping", "tyro": "tyro", "orbax": "orbax-checkpoint"}
+        packages = [names[name] for name in names if not importlib.util.find_spec(name)]
+    if packages:
+        install = [sys.executable, "-m", "pip", "install", "-q", *packages]
+        subprocess.run(install, check=True)
 
 # %% [markdown]
 # ## 1. Symbols and shapes
@@ -136,6 +123,7 @@ import hashlib
 import itertools
 import json
 import re
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -153,9 +141,34 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 AnyArray = Array | np.ndarray
 
 # %% [markdown]
+# What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
+# the place and the remedy, and the command line turns it into one line. One case of it is not the user's fault: this
+# file can be read and run alone, without the folder `data/` that comes with it.
+
+
+# %%
+class UserError(ValueError):
+    """A mistake of the user, told in one line: file, line or field, what was found, and
+    what to do.
+
+    >>> issubclass(UserError, ValueError)
+    True
+    """
+
+
+class NotHere(UserError):
+    """A stored result or the trained model is asked for, and `data/` is not here.
+
+    >>> issubclass(NotHere, UserError)
+    True
+    """
+
+
+# %% [markdown]
 # A cell marked `example` runs when the document is read: in a notebook, or as a script without
 # arguments. On import, and under a command such as `python annotated_bigs.py figures`, it only
-# defines itself. The last cell of the document lists how long each example took.
+# defines itself. An example that shows what lies in `data/` says so where that is missing, and the document goes on.
+# The last cell of the document lists how long each example took.
 
 # %%
 START = time.perf_counter()
@@ -175,35 +188,153 @@ def example(function: Callable) -> Callable:
     function.seconds = None
     if READING:
         start = time.perf_counter()
-        function()
+        try:
+            function()
+        except NotHere as error:
+            print(error)
         function.seconds = time.perf_counter() - start
     return function
 
 
 # %% [markdown]
-# What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
-# the place and the remedy, and the command line turns it into one line.
-
+# What comes with the document lies in `figures/` and `data/`. Reading it changes neither: what a reader's own run draws,
+# measures and trains goes to `runs/`, beside this file or, where that cannot be written, in the working directory or a
+# temporary one. (`make notebook` runs the document and then publishes its figures and numbers.)
 
 # %%
-class UserError(ValueError):
-    """A mistake of the user, told in one line: file, line or field, what was found, and
-    what to do.
+HERE = Path(globals().get("__file__", "annotated_bigs.py")).resolve().parent
+FIGURES = HERE / "figures"
+DATA = HERE / "data"
 
-    >>> issubclass(UserError, ValueError)
-    True
+
+def writable_folder(*folders: Path) -> Path:
+    """The first of some folders in which files can be made.
+
+    >>> writable_folder(Path("no/such/folder"), Path(tempfile.gettempdir())).name
+    'runs'
     """
+    for folder in folders:
+        runs = folder / "runs"
+        if os.access(runs if runs.exists() else folder, os.W_OK):
+            return runs
+    return Path(tempfile.gettempdir()) / "annotated_bigs" / "runs"
+
+
+RUNS = writable_folder(HERE, Path.cwd())
+RESULTS = RUNS / "data" / "tiny.json"  # what the demonstration measures
+
+# %% [markdown]
+# A program can be killed at any moment, and what lay whole on the disk must be whole afterwards. So no file is
+# written in place. It is written in a folder `.part-...` beside its place and renamed at the end, which happens in
+# one step. The files of a model belong together, weights and tokenizer, but a system renames them one by one, and
+# cannot replace a folder that holds something. Where there is no folder yet, the new one is renamed as a whole.
+# Else it is moved into the old one under the name `incoming`. That is one step, too, and from then on the new files
+# count: `finish_writing` moves them to their places, and if it is killed, the next one who reads or writes this
+# folder calls it again. All that a kill leaves behind is a folder `.part-...`, which can be deleted.
+
+# %% tags=["appendix"]
+PART = ".part-"  # how the name of a folder begins that holds something unfinished
+INCOMING = "incoming"  # the folder of files that belong one level higher
+GONE = ".gone"  # ends the name of a file that marks another as outdated
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """Yield a path on the same disk to write to; UserError if the disk refuses.
+
+    >>> with beside(Path(tempfile.gettempdir()) / "found.json") as part:
+    ...     part.name, part.parent.exists()
+    ('found.json', True)
+    >>> part.parent.exists()
+    False
+    """
+    home = target if target.is_dir() else target.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PART, dir=home) as place:
+            yield Path(place) / target.name
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}); make room, or"
+            " choose another place"
+        ) from error
+
+
+@contextlib.contextmanager
+def write_whole(file: Path) -> Iterator[Path]:
+    """Yield a path to write to; at the end, what was written there becomes `file`.
+
+    >>> file = Path(tempfile.mkdtemp()) / "found.txt"
+    >>> with write_whole(file) as part:
+    ...     (part.write_text("all of it"), file.exists())
+    (9, False)
+    >>> file.read_text()
+    'all of it'
+    """
+    with beside(file) as part:
+        yield part
+        part.replace(file)
+
+
+@contextlib.contextmanager
+def write_folder_whole(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; at the end all of its files get into `folder`
+    together, and other files stay there. `name.gone` removes the file `name`.
+
+    >>> folder = Path(tempfile.mkdtemp()) / "model"
+    >>> for name in ("weights", "words"):
+    ...     with write_folder_whole(folder) as part:
+    ...         written = (part / name).write_text("all of it")
+    >>> sorted(path.name for path in folder.iterdir())
+    ['weights', 'words']
+    """
+    with beside(folder) as part:
+        part.mkdir()
+        yield part
+        try:
+            part.replace(folder)
+        except OSError:  # a folder that holds something
+            finish_writing(folder)
+            part.replace(folder / INCOMING)
+            finish_writing(folder)
+
+
+def finish_writing(folder: Path) -> None:
+    """Move new files to their places if the process that wrote them was killed before
+    it could.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / INCOMING).mkdir()
+    >>> (folder / INCOMING / "words").touch()
+    >>> finish_writing(folder)
+    >>> [path.name for path in folder.iterdir()]
+    ['words']
+    """
+    incoming = folder / INCOMING
+    try:
+        for file in sorted(incoming.glob("*")):
+            with contextlib.suppress(FileNotFoundError):  # another process moved it
+                if file.suffix == GONE:
+                    (folder / file.stem).unlink(missing_ok=True)
+                    file.unlink()
+                else:
+                    file.replace(folder / file.name)
+        if incoming.is_dir():
+            incoming.rmdir()
+    except FileNotFoundError:  # another process removed it
+        pass
+    except OSError as error:
+        raise UserError(
+            f"{incoming}: a killed process left new files here, and they cannot be"
+            f" moved ({error.strerror}); move them into {folder}"
+        ) from error
 
 
 # %% [markdown]
 # A figure is a function without arguments that returns a drawing. `figure` gives it a name, a caption
-# and words for those who cannot see it; `show` writes it to `figures/` and, in a notebook, displays
-# it. Measured numbers go to `data/`, trained models to `runs/`.
+# and words for those who cannot see it; `show` writes it to a folder and, in a notebook, displays it.
 
 # %%
-HERE = Path(globals().get("__file__", "annotated_bigs.py")).parent
-FIGURES, DATA, RUNS = HERE / "figures", HERE / "data", HERE / "runs"
-RESULTS = DATA / "tiny.json"  # what the demonstration measures
 INK, RED, BLUE, GREY = "#222222", "#c0392b", "#2e6da4", "#9a9a9a"
 
 
@@ -227,7 +358,7 @@ def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callabl
 
 
 # %%
-def show(draw: Callable, folder: Path = FIGURES) -> Path:
+def show(draw: Callable, folder: Path = RUNS / "figures") -> Path:
     """Draw one figure, write it as a PNG named after it, and display it with its
     caption.
 
@@ -238,8 +369,9 @@ def show(draw: Callable, folder: Path = FIGURES) -> Path:
     'dot.png'
     """
     path = folder / f"{draw.name}.png"
-    path.parent.mkdir(exist_ok=True)
-    draw().savefig(path, dpi=130)
+    drawing = draw()
+    with write_whole(path) as part:
+        drawing.savefig(part, dpi=130)
     if IN_NOTEBOOK:
         from IPython.display import Image, Markdown, display
 
@@ -271,7 +403,8 @@ def canvas(
 
 # %% [markdown]
 # A measured number that the text relies on lies in a file of `data/`, and the file says how it came about: by
-# which command, on what hardware, with which versions, when.
+# which command, on what hardware, with which versions, when. `measured` reads such a file, and in a run that has
+# measured the same thing itself, what that run found.
 
 
 # %% tags=["appendix"]
@@ -311,16 +444,48 @@ def keep_results(file: Path, **values: Any) -> None:
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "found.json"
     >>> keep_results(file, length=2.5)
-    ... keep_results(file, width=1.0)
+    >>> keep_results(file, width=1.0)
     >>> sorted(json.loads(file.read_text()))
     ['length', 'measured', 'width']
     """
-    known = json.loads(file.read_text()) if file.exists() else {}
-    part = file.with_suffix(".part")
-    part.write_text(
-        json.dumps(known | values | {"measured": circumstances()}, indent=1)
-    )
-    part.replace(file)
+    try:
+        known = dict(json.loads(file.read_text())) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: not JSON, or no object ({error}); move it away, or choose another"
+        ) from None
+    content = known | values | {"measured": circumstances()}
+    with write_whole(file) as part:
+        part.write_text(json.dumps(content, indent=1))
+    KEPT.add(file)
+
+
+KEPT: set[Path] = set()  # files of results that this process has written
+
+
+def stored(name: str) -> Path:
+    """A file or folder of data/; NotHere if it is missing.
+
+    >>> stored("nothing.json")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.NotHere: data/nothing.json is not here; it comes with ...
+    """
+    if not (DATA / name).exists():
+        raise NotHere(
+            f"data/{name} is not here; it comes with the repository of this document"
+        )
+    return DATA / name
+
+
+def measured(name: str) -> dict[str, Any]:
+    """What was measured, by name: by this run if it has done so, else from data/.
+
+    >>> measured("tiny")["history"][0]["step"]
+    0
+    """
+    own = RUNS / "data" / f"{name}.json"
+    file = own if own in KEPT else stored(f"{name}.json")
+    return json.loads(file.read_text())
 
 
 # %% [markdown]
@@ -360,6 +525,7 @@ def which_device():
         f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), jax"
         f" {jax.__version__}"
     )
+    print(f"what this run makes goes to {RUNS}")
     wanted = any(
         name.startswith(("COLAB_TPU", "TPU_ACCELERATOR")) for name in os.environ
     )
@@ -500,8 +666,8 @@ def ssm_scan(
     output moves.
 
     >>> u = np.ones((4, 1))
-    ... v = u.copy()
-    ... v[3] = 7
+    >>> v = u.copy()
+    >>> v[3] = 7
     >>> (ssm_scan(half, one, one, u) == ssm_scan(half, one, one, v))[:, 0].tolist()
     [True, True, True, False]
     """
@@ -1356,10 +1522,7 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 # %%
 @example
 def show_choice():
-    tables = [
-        json.loads((DATA / file).read_text())["rows"]
-        for file in ("benchmark.json", "tpu-v3.json")
-    ]
+    tables = [measured(name)["rows"] for name in ("benchmark", "tpu-v3")]
     ratios = [
         {
             (row["length"], row["route"]): f"{row['ratio']:.2f}"
@@ -2562,15 +2725,22 @@ def published_tree(model: BiGS, compact: bool = False) -> dict[str, np.ndarray]:
 
 # %% [markdown]
 # The weights file that is written equals, array for array, the one that the authors' code wrote
-# (`tests/test_published.py`); our own fields go into `config.json` beside theirs. Each file appears whole or
-# not at all: it is written beside its place and then renamed. A `compact` file keeps matrices and embeddings in
+# (`tests/test_published.py`); our own fields go into `config.json` beside theirs. Weights, config and tokenizer
+# replace those of another model together, or not at all. A `compact` file keeps matrices and embeddings in
 # bfloat16, half the size; only we read it, since the authors' code expects float32.
 
-
 # %%
-def save_pretrained(model: BiGS, directory: str | Path, compact: bool = False) -> None:
-    """Write config.json and flax_model.msgpack in the published format, replacing what
-    was there.
+OLDER = ("added_tokens.json", "special_tokens_map.json")  # earlier tokenizers' files
+
+
+def save_pretrained(
+    model: BiGS,
+    directory: str | Path,
+    compact: bool = False,
+    tokenizer: Any = None,
+) -> None:
+    """Write config.json and flax_model.msgpack in the published format, and a tokenizer
+    if one is given, in one step, replacing what was there.
 
     >>> import tempfile
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
@@ -2587,13 +2757,15 @@ def save_pretrained(model: BiGS, directory: str | Path, compact: bool = False) -
         "model_type": "BiGS",
         "architectures": [TASKS[model.task]],
     }
-    (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("flax_model.msgpack", serialization.msgpack_serialize(tree)),
-        ("config.json", json.dumps(config, indent=2).encode()),
-    ):
-        (directory / f"{name}.part").write_bytes(content)
-        (directory / f"{name}.part").replace(directory / name)
+    with write_folder_whole(Path(directory)) as part:
+        weights = serialization.msgpack_serialize(tree)
+        (part / "flax_model.msgpack").write_bytes(weights)
+        (part / "config.json").write_text(json.dumps(config, indent=2))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+            for name in OLDER:
+                if Path(directory, name).exists():
+                    (part / f"{name}{GONE}").touch()
 
 
 # %% [markdown]
@@ -2695,6 +2867,17 @@ def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
 BOXED = DATA / "bigs-mini"
 
 
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: a path, or a name on the hub, which is fetched or cached.
+
+    >>> model_folder(BOXED) == BOXED
+    True
+    """
+    if Path(name).exists():
+        return Path(name)
+    return stored(BOXED.name) if Path(name) == BOXED else download(str(name))
+
+
 def from_pretrained(
     directory_or_hub_name: str | Path = BOXED, task: str | None = None, **changes
 ) -> BiGS:
@@ -2711,11 +2894,8 @@ def from_pretrained(
     Traceback (most recent call last):
     annotated_bigs.UserError: ...: no model here, config.json is missing
     """
-    folder = (
-        path
-        if (path := Path(directory_or_hub_name)).exists()
-        else download(str(directory_or_hub_name))
-    )
+    folder = model_folder(directory_or_hub_name)
+    finish_writing(folder)
     config, own_task = read_config(folder)
 
     def create():
@@ -2860,10 +3040,11 @@ def load_tokenizer(name: str | Path = BOXED):
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = path if (path := Path(name)).exists() else download(str(name))
+    folder = model_folder(name)
+    finish_writing(folder)
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    if path.exists():
+    if Path(name).exists():
         raise UserError(
             f"{folder}: tokenizer.json is missing; copy it from the model it was"
             " trained with (the published ones use that of bert-large-uncased)"
@@ -4319,7 +4500,8 @@ def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, BiGS]]:
 # %% [markdown]
 # A folder belongs to one run. While it is written, a lock keeps other processes away, and the system opens the lock
 # when its holder dies. What was asked for stands in `run.json`, and a run is only resumed as what it was: with another
-# seed, batch or text it would be neither the one nor the other.
+# seed, batch or text it would be neither the one nor the other. A folder that holds anything else, a model or a run
+# without its `run.json`, is not touched.
 
 # %% tags=["appendix"]
 FREE = (
@@ -4332,6 +4514,83 @@ FREE = (
 )  # change nothing but rounding
 
 
+def contents(directory: Path) -> list[str]:
+    """What a folder holds, but for the lock and what was left unfinished.
+
+    >>> contents(Path("no/such/run"))
+    []
+    """
+    if not directory.is_dir():
+        return []
+    names = sorted(path.name for path in directory.iterdir())
+    return [name for name in names if name != "lock" and not name.startswith(PART)]
+
+
+def check_owner(directory: Path, resume: bool) -> None:
+    """UserError if a folder holds a run that is not to be resumed, or anything else.
+
+    >>> check_owner(DATA, True)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: output: ...data holds README.md, but no run.json ...
+    """
+    names = contents(directory)
+    if "run.json" in names and not resume:
+        raise UserError(
+            f"{directory} holds a run; resume it with --resume, or choose another"
+            " --output"
+        )
+    if names and "run.json" not in names:
+        raise UserError(
+            f"output: {directory} holds {names[0]}, but no run.json that tells whose it"
+            " is; choose another --output, or put back the run.json of the run"
+        )
+
+
+def read_settings(directory: Path) -> dict[str, dict[str, Any]]:
+    """What was asked for when the run in a folder began.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "run.json").write_text("[]")
+    >>> read_settings(folder)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: .../run.json: not the settings of a run ...
+    """
+    file = directory / "run.json"
+    try:
+        parts = json.loads(file.read_text())
+        return {part: dict(values) for part, values in parts.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: not the settings of a run ({error}); put back the file that was"
+            " there, or choose another --output"
+        ) from None
+
+
+def check_settings(directory: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """UserError if the run in a folder began with other settings, or does not tell."""
+    began = read_settings(directory)
+    for part, values in settings.items():
+        for field, value in values.items():
+            if field in FREE:
+                continue
+            if field not in began.get(part, {}):
+                raise UserError(
+                    f"{directory / 'run.json'}: {part} lacks {field}; add what the run"
+                    " began with, or choose another --output"
+                )
+            was = began[part][field]
+            if was != value:
+                raise UserError(
+                    f"{field}: {value}, but the run in {directory} began with {was};"
+                    " resume it with that, or choose another --output"
+                )
+
+
+# %% [markdown]
+# The lock is held from the first look to the last word.
+
+
+# %% tags=["appendix"]
 @contextlib.contextmanager
 def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
     """Hold the folder of a run with these settings; UserError if it is held, or not
@@ -4347,9 +4606,12 @@ def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator
     Traceback (most recent call last):
     annotated_bigs.UserError: seed: 1, but the run in ... began with 0; ...
     """
+    import shutil
+
     from filelock import FileLock, Timeout
 
     try:
+        check_owner(directory, resume)
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / "lock")
         lock.acquire(blocking=False)
@@ -4363,19 +4625,13 @@ def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator
             f"output: {directory} cannot be written ({error.strerror}); choose another"
         ) from None
     with lock:
-        file = directory / "run.json"
-        began = json.loads(file.read_text()) if resume and file.exists() else {}
-        for part, values in settings.items():
-            for field, value in values.items():
-                was = began.get(part, {}).get(field, value)
-                if field not in FREE and was != value:
-                    raise UserError(
-                        f"{field}: {value}, but the run in {directory} began with"
-                        f" {was}; resume it with that, or choose another --output"
-                    )
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(settings, indent=1))
-        part.replace(file)
+        if (directory / "run.json").exists():
+            check_settings(directory, settings)
+        for left in directory.glob(f"{PART}*"):  # by a process that was killed
+            shutil.rmtree(left)
+        finish_writing(directory)
+        with write_whole(directory / "run.json") as part:
+            part.write_text(json.dumps(settings, indent=1))
         yield
 
 
@@ -4498,8 +4754,8 @@ class Journal:
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> journal = Journal(folder, 0)
-    ... journal.record(10, loss=2.5)
-    ... journal.record(20, loss=2.0)
+    >>> journal.record(10, loss=2.5)
+    >>> journal.record(20, loss=2.0)
     >>> Journal(folder, 10).history
     [{'step': 10, 'loss': 2.5}]
     """
@@ -4510,11 +4766,9 @@ class Journal:
             record for record in read_log(directory) if record["step"] <= until
         ]
         if self.writes:
-            part = self.file.with_suffix(".part")
-            part.write_text(
-                "".join(json.dumps(record) + "\n" for record in self.history)
-            )
-            part.replace(self.file)
+            lines = [json.dumps(record) + "\n" for record in self.history]
+            with write_whole(self.file) as part:
+                part.write_text("".join(lines))
 
     def record(self, step: int, **values: float | int) -> None:
         self.history.append({"step": step, **values})
@@ -4531,7 +4785,53 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     """
     file = directory / "log.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                record = dict(json.loads(line))
+                record["step"] = int(record["step"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{file}, line {number}: no record of a run ({error!r}); delete"
+                    " the line"
+                ) from None
+            records.append(record)
+    return records
+
+
+# %% [markdown]
+# A run that was killed before its first checkpoint was finished begins anew. That is right only if there was none. The
+# folder `checkpoints` is older than the log, and a checkpoint is finished before the next but one is begun. So a log
+# without that folder, or one that has got beyond the second checkpoint while there is none, tells of states that were
+# lost, and beginning anew would lose the log as well.
+
+
+# %% tags=["appendix"]
+def check_checkpoints(directory: Path) -> None:
+    """UserError if a run must have had a checkpoint and has none.
+
+    >>> check_checkpoints(Path("no/such/run"))
+    """
+    folder = directory / "checkpoints"
+    finished = [path for path in folder.glob("*") if path.name.isdigit()]
+    if finished or "run.json" not in contents(directory):
+        return
+    most = 0
+    if folder.is_dir():
+        recipe = read_settings(directory).get("recipe", {})
+        most = 2 * recipe.get("save_every", 0)
+    reached = max((record["step"] for record in read_log(directory)), default=0)
+    if reached > most:
+        found = f"log.jsonl has reached step {reached}"
+    elif (directory / "config.json").exists():
+        found = "the finished model is there"
+    else:
+        return
+    raise UserError(
+        f"{folder}: no checkpoint is left, but {found}; put the checkpoints back, or"
+        " choose another --output to begin anew"
+    )
 
 
 # %% [markdown]
@@ -4647,8 +4947,11 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]
 
 
-def export(model: BiGS, directory: Path, compact: bool = False) -> None:
-    """Write a model, wherever its parameters lie, in the published format.
+def export(
+    model: BiGS, directory: Path, tokenizer: Any = None, compact: bool = False
+) -> None:
+    """Write a model, wherever its parameters lie, in the published format, with its
+    tokenizer.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -4658,7 +4961,7 @@ def export(model: BiGS, directory: Path, compact: bool = False) -> None:
     """
     whole = jax.jit(lambda model: model, out_shardings=place())(model)
     if jax.process_index() == 0:
-        save_pretrained(whole, directory, compact)
+        save_pretrained(whole, directory, compact, tokenizer)
 
 
 def pretrain(
@@ -4673,15 +4976,11 @@ def pretrain(
     """Pretrain into a folder: run.json, checkpoints, log.jsonl, and the finished model
     in the published format.
 
-    Raises UserError if the folder is another's, or holds a run that is not to be
-    resumed, and FloatingPointError, naming the step, if the loss is not finite. Tested
-    at tiny size in `tests/test_training.py`.
+    Raises UserError if the folder is another's, holds anything but a run, holds a run
+    that is not to be resumed or one that has lost its checkpoints, and
+    FloatingPointError, naming the step, if the loss is not finite. Tested at tiny size
+    in `tests/test_training.py`.
     """
-    if (directory / "log.jsonl").exists() and not resume:
-        raise UserError(
-            f"{directory} holds a run; resume it with --resume, or choose another"
-            " --output"
-        )
     if recipe.batch % len(jax.devices()):
         raise UserError(
             f"batch: {recipe.batch} sequences cannot be shared by {len(jax.devices())}"
@@ -4692,16 +4991,19 @@ def pretrain(
         "recipe": asdict(recipe),
         "data": {"text": data.identity},
     }
+    if jax.process_index() == 0:
+        check_checkpoints(directory)
     with (
         claimed(directory, settings, resume)
         if jax.process_index() == 0
         else contextlib.nullcontext()
     ):
-        if jax.process_index() == 0:
-            data.tokenizer.save_pretrained(directory)
+        if jax.process_index() == 0 and not (directory / "tokenizer.json").exists():
+            with write_folder_whole(directory) as part:
+                data.tokenizer.save_pretrained(part)
         state, journal = train(config, recipe, data, directory, start, stop)
         if int(state.step) == recipe.steps:
-            export(state.model, directory)
+            export(state.model, directory, data.tokenizer)
     return Run(state.model, journal.history)
 
 
@@ -4760,14 +5062,13 @@ def live():
 
 
 # %%
-@functools.cache
 def results() -> dict[str, Any]:
-    """What the last demonstration measured, from data/tiny.json.
+    """What the demonstration measured: this run's, or the one in data/tiny.json.
 
     >>> results()["history"][0]["step"]
     0
     """
-    return json.loads(RESULTS.read_text())
+    return measured("tiny")
 
 
 @figure(
@@ -5662,11 +5963,7 @@ def glue() -> dict[str, Any]:
     >>> glue()["mnli"]["metric"], glue()["mnli"]["examples"]["train"]
     ('accuracy', 9882)
     """
-    return {
-        name: found
-        for name, found in json.loads((DATA / "glue.json").read_text()).items()
-        if name in GLUE
-    }
+    return {name: found for name, found in measured("glue").items() if name in GLUE}
 
 
 def glue_scores(
@@ -5708,7 +6005,7 @@ def cut_speed(task: str) -> float:
     >>> cut_speed("cola") > 3
     True
     """
-    ways = json.loads((DATA / "glue-speed.json").read_text())[task]["variants"]
+    ways = measured("glue-speed")[task]["variants"]
     return float(
         np.median(np.divide(ways["padded"]["seconds"], ways["pretrained"]["seconds"]))
     )
@@ -5798,7 +6095,7 @@ def boxed_kernels() -> dict[str, np.ndarray]:
     >>> boxed_kernels()["pretrained"].shape
     (6, 2, 128)
     """
-    with np.load(BOXED / "kernels.npz") as file:
+    with np.load(stored("bigs-mini/kernels.npz")) as file:
         return dict(file)
 
 
@@ -6082,7 +6379,7 @@ def boxed_reading() -> dict[str, Any]:
     >>> len(boxed_reading()["losses"])
     3
     """
-    return json.loads((BOXED / "reading.json").read_text())
+    return measured("bigs-mini/reading")
 
 
 def print_silenced(losses: dict[str, dict[str, float]]) -> None:
@@ -6138,8 +6435,8 @@ def movement(
     """(relative change, layer, direction) of each kernel, the largest change first.
 
     >>> a = np.ones((2, 2, 3))
-    ... b = a.copy()
-    ... b[1, 0] = 2
+    >>> b = a.copy()
+    >>> b[1, 0] = 2
     >>> movement(a, b)[0]
     (1.0, 1, 0)
     """
@@ -6904,8 +7201,6 @@ def trained_vocabulary(
     sources: Iterable[str], size: int, megabytes: float = 50.0, parts: int | None = None
 ):
     """A tokenizer of `size` pieces for some corpora, trained once."""
-    import shutil
-
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -6934,12 +7229,9 @@ def trained_vocabulary(
                 " them by blank lines, JSON-lines files hold one object with a field"
                 ' "text" a line'
             )
-        half = folder.with_name(f"{name}.{os.getpid()}")
-        train_tokenizer(texts, size).save_pretrained(half)
-        try:
-            half.replace(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(half)
+        tokenizer = train_tokenizer(texts, size)
+        with write_folder_whole(folder) as part:
+            tokenizer.save_pretrained(part)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -6990,7 +7282,7 @@ def load_vocabulary(name: str):
 @functools.cache
 def pretrained() -> dict[str, Any]:
     """The logs of `mini` on Wikipedia and books, by vocabulary."""
-    found = json.loads((DATA / "pretraining.json").read_text())
+    found = measured("pretraining")
     return {name: found[name] for name in ("mini-own", "mini-bert")}
 
 
@@ -7358,7 +7650,6 @@ def write_answers(
 ) -> None:
     """One file for each test set: the number of a row, a tab, and its label or score."""
     task = GLUE[name]
-    folder.mkdir(parents=True, exist_ok=True)
     for split, (texts, labels) in splits.items():
         if labels is None:
             examples = encode(
@@ -7374,12 +7665,9 @@ def write_answers(
                 else [f"{score:.3f}" for score in outputs[:, 0].clip(0, 5)]
             )
             file = folder / f"{ANSWERS.get(split, task.folder)}.tsv"
-            part = file.with_suffix(".part")
-            part.write_text(
-                "index\tprediction\n"
-                + "".join(f"{i}\t{word}\n" for i, word in enumerate(words))
-            )
-            part.replace(file)
+            lines = [f"{i}\t{word}\n" for i, word in enumerate(words)]
+            with write_whole(file) as part:
+                part.write_text("index\tprediction\n" + "".join(lines))
 
 
 def run_task(
@@ -7408,12 +7696,10 @@ def run_task(
             record, model = tune(name, splits, start, tokenizer, tuning, variant, seed)
             if keep and variant == variants[0] and max(record["evaluations"]) > best:
                 best = max(record["evaluations"])
-                save_pretrained(model, output)
-                tokenizer.save_pretrained(output)
+                save_pretrained(model, output, tokenizer=tokenizer)
                 write_answers(name, splits, model, tokenizer, output.parent / "answers")
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(record, indent=1))
-            part.replace(file)
+            with write_whole(file) as part:
+                part.write_text(json.dumps(record, indent=1))
         records.append(json.loads(file.read_text()))
     return records
 
@@ -7522,14 +7808,13 @@ def recipe_for(platform: str) -> tuple[Config, Recipe, str | None]:
 @example
 def accelerated():
     config, recipe, source = recipe_for(jax.default_backend())
-    if (planned := DATA / "tpu-v5e.json").exists():
-        plan = json.loads(planned.read_text())["memory"][-1]
+    if source is None:
+        print("CPU: the demonstration above is the recipe for this device.")
+        plan = measured("tpu-v5e")["memory"][-1]
         print(
             f"planned for one v5e chip, {plan['what']}: {plan['gigabytes']:.1f} of"
             f" {plan['available']:.0f} GB"
         )
-    if source is None:
-        print("CPU: the demonstration above is the recipe for this device.")
         return
     from transformers import AutoTokenizer
 
@@ -7562,7 +7847,7 @@ def accelerated():
 @functools.cache
 def boxed_training() -> dict[str, Any]:
     """How the model in the box was pretrained, from data/bigs-mini/training.json."""
-    return json.loads((BOXED / "training.json").read_text())["boxed"]
+    return measured("bigs-mini/training")["boxed"]
 
 
 @example
@@ -7636,7 +7921,7 @@ def too_fast() -> dict[str, np.ndarray]:
     the box; `heldout` losses at the checkpoints, and the correlation that it reached on
     CoLA.
     """
-    with np.load(DATA / "too-fast.npz") as file:
+    with np.load(stored("too-fast.npz")) as file:
         return dict(file)
 
 
@@ -7842,7 +8127,7 @@ def measure_lengths():
         for length in (16, 64)
     }
     keep_results(
-        DATA / "extend.json",
+        RUNS / "data" / "extend.json",
         model="the demonstration's, trained at 128 tokens, no further training",
         losses=losses,
         padding=padding,
@@ -7855,10 +8140,9 @@ def measure_lengths():
             )
 
 
-@functools.cache
 def lengths() -> dict[str, Any]:
-    """What the last demonstration measured of lengths, from data/extend.json."""
-    return json.loads((DATA / "extend.json").read_text())
+    """What the demonstration measured of lengths: this run's, or data/extend.json."""
+    return measured("extend")
 
 
 # %% [markdown]
@@ -7945,10 +8229,7 @@ def print_variants(losses: dict[str, list[float]]) -> None:
 @functools.cache
 def variants() -> dict[str, Any]:
     """What `compare` measured on Simple English Wikipedia and the embedded English."""
-    return {
-        name: json.loads((DATA / f"{name}.json").read_text())
-        for name in ("variants", "masks")
-    }
+    return {name: measured(name) for name in ("variants", "masks")}
 
 
 def gain(variant: str, name: str = "variants") -> float:
@@ -8292,15 +8573,15 @@ def print_benchmark(rows: list[dict[str, Any]]) -> None:
 )
 def speed_figure():
     panels = [
-        ("benchmark.json", "layer, training", "one large layer, CPU"),
-        ("tpu-v3.json", "layer, training", "one large layer, TPU v3 (estimate)"),
-        ("benchmark-mini.json", "model, training", "the whole mini model, CPU"),
+        ("benchmark", "layer, training", "one large layer, CPU"),
+        ("tpu-v3", "layer, training", "one large layer, TPU v3 (estimate)"),
+        ("benchmark-mini", "model, training", "the whole mini model, CPU"),
     ]
     drawing, axes = canvas(1, 3, (10, 3.2))
-    for ax, (file, what, title) in zip(axes, panels, strict=True):
+    for ax, (name, what, title) in zip(axes, panels, strict=True):
         rows = [
             row
-            for row in json.loads((DATA / file).read_text())["rows"]
+            for row in measured(name)["rows"]
             if row["what"] == what and row["ratio"]
         ]
         for route, color in zip(ROUTES[1:], (GREY, BLUE, INK, RED), strict=True):
@@ -8575,7 +8856,7 @@ def factors() -> dict[str, dict[str, float]]:
     """What `benchmark --published` measured: how many times faster than the published
     way, by change.
     """
-    return json.loads((DATA / "pretraining-speed.json").read_text())["steps"]
+    return measured("pretraining-speed")["steps"]
 
 
 @example
@@ -8782,10 +9063,10 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
 
 @example
 def show_tpu():
-    for file in ("tpu-v3.json", "tpu-v5e.json"):
-        for row in json.loads((DATA / file).read_text())["memory"]:
+    for name in ("tpu-v3", "tpu-v5e"):
+        for row in measured(name)["memory"]:
             print(
-                f"{file[4:-5]:4s} {row['what']:32s}{row['batch']:4d} x"
+                f"{name[4:]:4s} {row['what']:32s}{row['batch']:4d} x"
                 f" {row['length']:<5d}{row['gigabytes']:6.1f} of"
                 f" {row['available']:.0f} GB"
             )
@@ -8841,7 +9122,7 @@ def command_figures(
         show(draw, output)
     if not chosen:
         for draw in drawings():
-            show(draw)
+            show(draw, FIGURES)
 
 
 # %% [markdown]
@@ -9224,8 +9505,7 @@ def command_export(run: Path, output: Path, compact: bool = False) -> None:
             float32 only.
     """
     *_, (step, model) = states_of(run)
-    export(model, output, compact)
-    load_tokenizer(run).save_pretrained(output)
+    export(model, output, load_tokenizer(run), compact)
     print(f"{output}: the model after {step} steps")
 
 
@@ -9280,11 +9560,9 @@ def command_inspect(
     if losses:
         print_silenced(losses)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        part = output / "kernels.part.npz"
-        np.savez_compressed(part, **found)
-        part.replace(output / "kernels.npz")
-        keep_results(output / "reading.json", losses=losses)
+        with write_folder_whole(output) as part:
+            np.savez_compressed(part / "kernels.npz", **found)
+            keep_results(part / "reading.json", losses=losses)
 
 
 # %% [markdown]
@@ -9423,6 +9701,8 @@ def starting_point(model: str, start: str | None, name: str, output: Path) -> st
     after = GLUE[name].after
     if after and start:
         return start
+    if after:
+        finish_writing(output / after)
     return (
         str(output / after)
         if after and (output / after / "config.json").exists()
@@ -9688,10 +9968,10 @@ def what_was_made():
         ("embedded English", describe_english, "in memory"),
         ("vocabulary, masked rows", describe_batch, "runs/tiny/tokenizer.json"),
         ("pretrained model", live, "runs/tiny/flax_model.msgpack"),
-        ("fine-tuned models, accuracies", compare_pairs, "data/tiny.json"),
-        ("Figure 3", draw_kernels, "figures/kernels.png"),
-        ("Figure 4", draw_finetuned, "figures/finetuned.png"),
-        ("share of matrix products", measure_step, "data/tiny.json"),
+        ("fine-tuned models, accuracies", compare_pairs, "runs/data/tiny.json"),
+        ("Figure 3", draw_kernels, "runs/figures/kernels.png"),
+        ("Figure 4", draw_finetuned, "runs/figures/finetuned.png"),
+        ("share of matrix products", measure_step, "runs/data/tiny.json"),
     ]
     named = [function for _, function, _ in rows]
     others = [
@@ -9702,7 +9982,7 @@ def what_was_made():
     for what, function, where in rows:
         print(f"{what:32s}{where:32s}{function.seconds:7.1f} s")
     rest = sum(f.seconds for f in others)
-    print(f"{'the other figures and examples':32s}{'figures/':32s}{rest:7.1f} s")
+    print(f"{'the other figures and examples':32s}{'runs/figures/':32s}{rest:7.1f} s")
     print(f"{'everything':64s}{time.perf_counter() - START:7.1f} s")
 
 
