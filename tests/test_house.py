@@ -3,6 +3,7 @@ commands.
 """
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -324,3 +325,150 @@ def test_machines_and_indices_are_noticed(name):
     # Written otherwise, since this file is searched as well.
     assert MACHINE.search("see " + name.replace("|", "/").replace("[.]", "."))
     assert not MACHINE.search("https://example.org/homework/ and figures/home/")
+
+
+# Whose it is, and what changed
+
+
+def section(text: str, title: str) -> str:
+    """What stands below a heading of the second level."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def citation() -> dict:
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text())
+
+
+@pytest.fixture(scope="module")
+def card() -> str:
+    """The card of the trained model."""
+    return (ROOT / "data/bigs-mini/README.md").read_text()
+
+
+def test_citation_is_of_this_program(citation, readme):
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "authors"} <= set(citation)
+    assert readme.startswith(f"# {citation['title']}\n")
+
+
+def test_readme_and_citation_name_the_same_paper(citation, readme):
+    paper = citation["references"][0]
+    entry = dict(re.findall(r"(\w+) = \{(.*?)\}", readme))
+    names = [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
+    assert entry["author"] == " and ".join(names)
+    assert entry["title"] == paper["title"]
+    assert entry["booktitle"] == paper["collection-title"]
+    assert entry["year"] == str(paper["year"])
+    assert entry["note"] == paper["identifiers"][0]["value"]
+    assert entry["note"].removeprefix("arXiv:") in paper["url"]
+
+
+def test_one_licence_of_the_code(citation, card, readme):
+    name, version = (ROOT / "LICENSE").read_text().split("\n")[1:3]
+    assert (name.strip(), version.split(",")[0].strip()) == (
+        "Apache License",
+        "Version 2.0",
+    )
+    assert citation["license"] == "Apache-2.0"
+    assert "Apache-2.0" in section(readme, "Licence")
+    assert "Apache-2.0" in section(card, "Licence and sources")
+
+
+def test_one_licence_of_the_weights(card, readme):
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "cc-by-sa-4.0"
+    assert "CC BY-SA 4.0" in section(readme, "Licence")
+    assert "CC BY-SA 4.0" in section(text, "Licence and sources")
+    assert "README.md#licence-and-sources" in section(readme, "Licence")
+
+
+def test_every_file_with_weights_has_its_licence(card):
+    folder = ROOT / "data/bigs-mini"
+    named = set(re.findall(r"`([\w.]+\.\w+)`", section(card, "Licence and sources")))
+    assert named <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".json"} <= {
+        *named,
+        "README.md",
+    }
+    assert "tokenizer.json" in named
+
+
+def test_every_text_that_was_read_has_its_source(card):
+    log = json.loads((ROOT / "data/bigs-mini/training.json").read_text())["boxed"]
+    kinds = {Path(file).name.partition("-")[0] for file in log["text"].split(", ")}
+    rows = re.findall(r"^\| `(\w+)-\*` \|", section(card, "Licence and sources"), re.M)
+    assert set(rows) == kinds
+
+
+KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def untidy(changelog: str) -> list[str]:
+    """What Keep a Changelog would not have: unknown kinds, versions out of order."""
+    heads = re.findall(r"^## (.*)$", changelog, re.M)
+    found = [] if heads[0] == "[Unreleased]" else [heads[0]]
+    version = re.compile(r"\[(\d+)\.(\d+)\.(\d+)\] - (\d{4}-\d{2}-\d{2})")
+    found += [head for head in heads[1:] if not version.fullmatch(head)]
+    known = [version.fullmatch(head) for head in heads[1:] if version.fullmatch(head)]
+    numbers = [tuple(map(int, match.groups()[:3])) for match in known]
+    dates = [match[4] for match in known]
+    for order in (numbers, dates):
+        found += [] if order == sorted(order, reverse=True) else [str(order)]
+    return found + list(set(re.findall(r"^### (.*)$", changelog, re.M)) - KINDS)
+
+
+def test_changelog_is_in_order():
+    assert untidy((ROOT / "CHANGELOG.md").read_text()) == []
+
+
+OLDER = (
+    "## [Unreleased]\n\n## [1.0.1] - 2026-12-01\n### Fixed\n## [1.0.0] - 2026-11-30\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("[Unreleased]", "[1.1.0] - 2027-01-01"),
+        ("[1.0.1]", "[0.9.9]"),
+        ("2026-12-01", "2026-11-01"),
+        ("### Fixed", "### News"),
+        ("[1.0.0] - 2026-11-30", "[1.0.0]"),
+    ],
+)
+def test_an_untidy_changelog_is_noticed(right, wrong):
+    assert untidy(OLDER) == []
+    assert untidy(OLDER.replace(right, wrong))
+
+
+def lost(text: str, folder: Path) -> list[str]:
+    """Files that a text links to, and targets of make that it names, but nobody has."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    files = [link for link in links if not (folder / link).exists()]
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    makes = re.findall(r"`make ([\w-]+)", text)
+    scripts = re.findall(r"`bash ([\w./-]+)`", text)
+    return [
+        *files,
+        *(target for target in makes if target not in targets.split()),
+        *(script for script in scripts if not (ROOT / script).exists()),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/bigs-mini/README.md"]
+)
+def test_what_texts_point_to_exists(name):
+    file = ROOT / name
+    assert lost(file.read_text(), file.parent) == []
+
+
+@pytest.mark.parametrize("text", ["[a](none.md)", "`make haste`", "`bash .ci/none`"])
+def test_a_lost_file_is_noticed(text):
+    assert lost(f"[b](README.md#licence) `make test` {text}", ROOT)
