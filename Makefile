@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint figures notebook page clean
+.PHONY: help install run test test-all test-hub lint figures notebook page clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +20,12 @@ test:  ## doctests and fast tests
 test-all:  ## every test, slow ones too
 	$(PYTHON) -m pytest --doctest-modules --slow
 
-lint:  ## ruff
+test-hub:  ## what needs the Hugging Face hub: published models, GLUE, Wikipedia
+	$(PYTHON) -m pytest -m hub
+
+lint:  ## ruff: rules and format
 	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
 
 figures:  ## redraw figures/
 	$(PYTHON) annotated_bigs.py figures

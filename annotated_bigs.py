@@ -66,32 +66,19 @@ REPOSITORY = ""
 
 
 if "google.colab" in sys.modules:
-    wanted = {
-        "jaxtyping": "jaxtyping",
-        "tyro": "tyro",
-        "datasets": "datasets",
-        "orbax": "orbax-checkpoint",
-    }
-    missing = [
-        package
-        for name, package in wanted.items()
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:  # what the image carries is left as it is
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", *missing], check=True
-        )
-    if not REPOSITORY:
-        print(
-            "This repository has no public address yet: only the embedded demonstration"
-            " can run."
-        )
-        Path("data").mkdir(exist_ok=True)
-    elif not Path("data").exists():
-        subprocess.run(
-            ["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"], check=True
-        )
+    if REPOSITORY and not Path("requirements.txt").exists():
+        if not Path("repository").exists():
+            clone = ["git", "clone", "-q", "--depth=1", REPOSITORY, "repository"]
+            subprocess.run(clone, check=True)
         os.chdir("repository")
+    if Path("requirements.txt").exists():
+        packages = ["-r", "requirements.txt"]  # pip keeps what is new enough
+    else:
+        names = {"jaxtyping": "jaxtyping", "tyro": "tyro", "orbax": "orbax-checkpoint"}
+        packages = [names[name] for name in names if not importlib.util.find_spec(name)]
+    if packages:
+        install = [sys.executable, "-m", "pip", "install", "-q", *packages]
+        subprocess.run(install, check=True)
 
 # %% [markdown]
 # ## 1. Symbols and shapes
@@ -154,9 +141,34 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 AnyArray = Array | np.ndarray
 
 # %% [markdown]
+# What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
+# the place and the remedy, and the command line turns it into one line. One case of it is not the user's fault: this
+# file can be read and run alone, without the folder `data/` that comes with it.
+
+
+# %%
+class UserError(ValueError):
+    """A mistake of the user, told in one line: file, line or field, what was found, and
+    what to do.
+
+    >>> issubclass(UserError, ValueError)
+    True
+    """
+
+
+class NotHere(UserError):
+    """A stored result or the trained model is asked for, and `data/` is not here.
+
+    >>> issubclass(NotHere, UserError)
+    True
+    """
+
+
+# %% [markdown]
 # A cell marked `example` runs when the document is read: in a notebook, or as a script without
 # arguments. On import, and under a command such as `python annotated_bigs.py figures`, it only
-# defines itself. The last cell of the document lists how long each example took.
+# defines itself. An example that shows what lies in `data/` says so where that is missing, and the document goes on.
+# The last cell of the document lists how long each example took.
 
 # %%
 START = time.perf_counter()
@@ -176,25 +188,40 @@ def example(function: Callable) -> Callable:
     function.seconds = None
     if READING:
         start = time.perf_counter()
-        function()
+        try:
+            function()
+        except NotHere as error:
+            print(error)
         function.seconds = time.perf_counter() - start
     return function
 
 
 # %% [markdown]
-# What a user does wrong, a path that does not exist or a file that is no text, is one kind of error. It names
-# the place and the remedy, and the command line turns it into one line.
-
+# What comes with the document lies in `figures/` and `data/`. Reading it changes neither: what a reader's own run draws,
+# measures and trains goes to `runs/`, beside this file or, where that cannot be written, in the working directory or a
+# temporary one. (`make notebook` runs the document and then publishes its figures and numbers.)
 
 # %%
-class UserError(ValueError):
-    """A mistake of the user, told in one line: file, line or field, what was found, and
-    what to do.
+HERE = Path(globals().get("__file__", "annotated_bigs.py")).resolve().parent
+FIGURES = HERE / "figures"
+DATA = HERE / "data"
 
-    >>> issubclass(UserError, ValueError)
-    True
+
+def writable_folder(*folders: Path) -> Path:
+    """The first of some folders in which files can be made.
+
+    >>> writable_folder(Path("no/such/folder"), Path(tempfile.gettempdir())).name
+    'runs'
     """
+    for folder in folders:
+        runs = folder / "runs"
+        if os.access(runs if runs.exists() else folder, os.W_OK):
+            return runs
+    return Path(tempfile.gettempdir()) / "annotated_bigs" / "runs"
 
+
+RUNS = writable_folder(HERE, Path.cwd())
+RESULTS = RUNS / "data" / "tiny.json"  # what the demonstration measures
 
 # %% [markdown]
 # A program can be killed at any moment, and what lay whole on the disk must be whole afterwards. So no file is
@@ -305,13 +332,9 @@ def finish_writing(folder: Path) -> None:
 
 # %% [markdown]
 # A figure is a function without arguments that returns a drawing. `figure` gives it a name, a caption
-# and words for those who cannot see it; `show` writes it to `figures/` and, in a notebook, displays
-# it. Measured numbers go to `data/`, trained models to `runs/`.
+# and words for those who cannot see it; `show` writes it to a folder and, in a notebook, displays it.
 
 # %%
-HERE = Path(globals().get("__file__", "annotated_bigs.py")).parent
-FIGURES, DATA, RUNS = HERE / "figures", HERE / "data", HERE / "runs"
-RESULTS = DATA / "tiny.json"  # what the demonstration measures
 INK, RED, BLUE, GREY = "#222222", "#c0392b", "#2e6da4", "#9a9a9a"
 
 
@@ -335,7 +358,7 @@ def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callabl
 
 
 # %%
-def show(draw: Callable, folder: Path = FIGURES) -> Path:
+def show(draw: Callable, folder: Path = RUNS / "figures") -> Path:
     """Draw one figure, write it as a PNG named after it, and display it with its
     caption.
 
@@ -380,7 +403,8 @@ def canvas(
 
 # %% [markdown]
 # A measured number that the text relies on lies in a file of `data/`, and the file says how it came about: by
-# which command, on what hardware, with which versions, when.
+# which command, on what hardware, with which versions, when. `measured` reads such a file, and in a run that has
+# measured the same thing itself, what that run found.
 
 
 # %% tags=["appendix"]
@@ -420,7 +444,7 @@ def keep_results(file: Path, **values: Any) -> None:
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "found.json"
     >>> keep_results(file, length=2.5)
-    ... keep_results(file, width=1.0)
+    >>> keep_results(file, width=1.0)
     >>> sorted(json.loads(file.read_text()))
     ['length', 'measured', 'width']
     """
@@ -433,6 +457,35 @@ def keep_results(file: Path, **values: Any) -> None:
     content = known | values | {"measured": circumstances()}
     with write_whole(file) as part:
         part.write_text(json.dumps(content, indent=1))
+    KEPT.add(file)
+
+
+KEPT: set[Path] = set()  # files of results that this process has written
+
+
+def stored(name: str) -> Path:
+    """A file or folder of data/; NotHere if it is missing.
+
+    >>> stored("nothing.json")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.NotHere: data/nothing.json is not here; it comes with ...
+    """
+    if not (DATA / name).exists():
+        raise NotHere(
+            f"data/{name} is not here; it comes with the repository of this document"
+        )
+    return DATA / name
+
+
+def measured(name: str) -> dict[str, Any]:
+    """What was measured, by name: by this run if it has done so, else from data/.
+
+    >>> measured("tiny")["history"][0]["step"]
+    0
+    """
+    own = RUNS / "data" / f"{name}.json"
+    file = own if own in KEPT else stored(f"{name}.json")
+    return json.loads(file.read_text())
 
 
 # %% [markdown]
@@ -472,6 +525,7 @@ def which_device():
         f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), jax"
         f" {jax.__version__}"
     )
+    print(f"what this run makes goes to {RUNS}")
     wanted = any(
         name.startswith(("COLAB_TPU", "TPU_ACCELERATOR")) for name in os.environ
     )
@@ -612,8 +666,8 @@ def ssm_scan(
     output moves.
 
     >>> u = np.ones((4, 1))
-    ... v = u.copy()
-    ... v[3] = 7
+    >>> v = u.copy()
+    >>> v[3] = 7
     >>> (ssm_scan(half, one, one, u) == ssm_scan(half, one, one, v))[:, 0].tolist()
     [True, True, True, False]
     """
@@ -1468,10 +1522,7 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 # %%
 @example
 def show_choice():
-    tables = [
-        json.loads((DATA / file).read_text())["rows"]
-        for file in ("benchmark.json", "tpu-v3.json")
-    ]
+    tables = [measured(name)["rows"] for name in ("benchmark", "tpu-v3")]
     ratios = [
         {
             (row["length"], row["route"]): f"{row['ratio']:.2f}"
@@ -2816,6 +2867,17 @@ def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
 BOXED = DATA / "bigs-mini"
 
 
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: a path, or a name on the hub, which is fetched or cached.
+
+    >>> model_folder(BOXED) == BOXED
+    True
+    """
+    if Path(name).exists():
+        return Path(name)
+    return stored(BOXED.name) if Path(name) == BOXED else download(str(name))
+
+
 def from_pretrained(
     directory_or_hub_name: str | Path = BOXED, task: str | None = None, **changes
 ) -> BiGS:
@@ -2832,11 +2894,7 @@ def from_pretrained(
     Traceback (most recent call last):
     annotated_bigs.UserError: ...: no model here, config.json is missing
     """
-    folder = (
-        path
-        if (path := Path(directory_or_hub_name)).exists()
-        else download(str(directory_or_hub_name))
-    )
+    folder = model_folder(directory_or_hub_name)
     finish_writing(folder)
     config, own_task = read_config(folder)
 
@@ -2982,11 +3040,11 @@ def load_tokenizer(name: str | Path = BOXED):
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = path if (path := Path(name)).exists() else download(str(name))
+    folder = model_folder(name)
     finish_writing(folder)
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    if path.exists():
+    if Path(name).exists():
         raise UserError(
             f"{folder}: tokenizer.json is missing; copy it from the model it was"
             " trained with (the published ones use that of bert-large-uncased)"
@@ -4696,8 +4754,8 @@ class Journal:
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> journal = Journal(folder, 0)
-    ... journal.record(10, loss=2.5)
-    ... journal.record(20, loss=2.0)
+    >>> journal.record(10, loss=2.5)
+    >>> journal.record(20, loss=2.0)
     >>> Journal(folder, 10).history
     [{'step': 10, 'loss': 2.5}]
     """
@@ -5004,14 +5062,13 @@ def live():
 
 
 # %%
-@functools.cache
 def results() -> dict[str, Any]:
-    """What the last demonstration measured, from data/tiny.json.
+    """What the demonstration measured: this run's, or the one in data/tiny.json.
 
     >>> results()["history"][0]["step"]
     0
     """
-    return json.loads(RESULTS.read_text())
+    return measured("tiny")
 
 
 @figure(
@@ -5906,11 +5963,7 @@ def glue() -> dict[str, Any]:
     >>> glue()["mnli"]["metric"], glue()["mnli"]["examples"]["train"]
     ('accuracy', 9882)
     """
-    return {
-        name: found
-        for name, found in json.loads((DATA / "glue.json").read_text()).items()
-        if name in GLUE
-    }
+    return {name: found for name, found in measured("glue").items() if name in GLUE}
 
 
 def glue_scores(
@@ -5952,7 +6005,7 @@ def cut_speed(task: str) -> float:
     >>> cut_speed("cola") > 3
     True
     """
-    ways = json.loads((DATA / "glue-speed.json").read_text())[task]["variants"]
+    ways = measured("glue-speed")[task]["variants"]
     return float(
         np.median(np.divide(ways["padded"]["seconds"], ways["pretrained"]["seconds"]))
     )
@@ -6042,7 +6095,7 @@ def boxed_kernels() -> dict[str, np.ndarray]:
     >>> boxed_kernels()["pretrained"].shape
     (6, 2, 128)
     """
-    with np.load(BOXED / "kernels.npz") as file:
+    with np.load(stored("bigs-mini/kernels.npz")) as file:
         return dict(file)
 
 
@@ -6326,7 +6379,7 @@ def boxed_reading() -> dict[str, Any]:
     >>> len(boxed_reading()["losses"])
     3
     """
-    return json.loads((BOXED / "reading.json").read_text())
+    return measured("bigs-mini/reading")
 
 
 def print_silenced(losses: dict[str, dict[str, float]]) -> None:
@@ -6382,8 +6435,8 @@ def movement(
     """(relative change, layer, direction) of each kernel, the largest change first.
 
     >>> a = np.ones((2, 2, 3))
-    ... b = a.copy()
-    ... b[1, 0] = 2
+    >>> b = a.copy()
+    >>> b[1, 0] = 2
     >>> movement(a, b)[0]
     (1.0, 1, 0)
     """
@@ -7229,7 +7282,7 @@ def load_vocabulary(name: str):
 @functools.cache
 def pretrained() -> dict[str, Any]:
     """The logs of `mini` on Wikipedia and books, by vocabulary."""
-    found = json.loads((DATA / "pretraining.json").read_text())
+    found = measured("pretraining")
     return {name: found[name] for name in ("mini-own", "mini-bert")}
 
 
@@ -7755,14 +7808,13 @@ def recipe_for(platform: str) -> tuple[Config, Recipe, str | None]:
 @example
 def accelerated():
     config, recipe, source = recipe_for(jax.default_backend())
-    if (planned := DATA / "tpu-v5e.json").exists():
-        plan = json.loads(planned.read_text())["memory"][-1]
+    if source is None:
+        print("CPU: the demonstration above is the recipe for this device.")
+        plan = measured("tpu-v5e")["memory"][-1]
         print(
             f"planned for one v5e chip, {plan['what']}: {plan['gigabytes']:.1f} of"
             f" {plan['available']:.0f} GB"
         )
-    if source is None:
-        print("CPU: the demonstration above is the recipe for this device.")
         return
     from transformers import AutoTokenizer
 
@@ -7795,7 +7847,7 @@ def accelerated():
 @functools.cache
 def boxed_training() -> dict[str, Any]:
     """How the model in the box was pretrained, from data/bigs-mini/training.json."""
-    return json.loads((BOXED / "training.json").read_text())["boxed"]
+    return measured("bigs-mini/training")["boxed"]
 
 
 @example
@@ -7869,7 +7921,7 @@ def too_fast() -> dict[str, np.ndarray]:
     the box; `heldout` losses at the checkpoints, and the correlation that it reached on
     CoLA.
     """
-    with np.load(DATA / "too-fast.npz") as file:
+    with np.load(stored("too-fast.npz")) as file:
         return dict(file)
 
 
@@ -8075,7 +8127,7 @@ def measure_lengths():
         for length in (16, 64)
     }
     keep_results(
-        DATA / "extend.json",
+        RUNS / "data" / "extend.json",
         model="the demonstration's, trained at 128 tokens, no further training",
         losses=losses,
         padding=padding,
@@ -8088,10 +8140,9 @@ def measure_lengths():
             )
 
 
-@functools.cache
 def lengths() -> dict[str, Any]:
-    """What the last demonstration measured of lengths, from data/extend.json."""
-    return json.loads((DATA / "extend.json").read_text())
+    """What the demonstration measured of lengths: this run's, or data/extend.json."""
+    return measured("extend")
 
 
 # %% [markdown]
@@ -8178,10 +8229,7 @@ def print_variants(losses: dict[str, list[float]]) -> None:
 @functools.cache
 def variants() -> dict[str, Any]:
     """What `compare` measured on Simple English Wikipedia and the embedded English."""
-    return {
-        name: json.loads((DATA / f"{name}.json").read_text())
-        for name in ("variants", "masks")
-    }
+    return {name: measured(name) for name in ("variants", "masks")}
 
 
 def gain(variant: str, name: str = "variants") -> float:
@@ -8525,15 +8573,15 @@ def print_benchmark(rows: list[dict[str, Any]]) -> None:
 )
 def speed_figure():
     panels = [
-        ("benchmark.json", "layer, training", "one large layer, CPU"),
-        ("tpu-v3.json", "layer, training", "one large layer, TPU v3 (estimate)"),
-        ("benchmark-mini.json", "model, training", "the whole mini model, CPU"),
+        ("benchmark", "layer, training", "one large layer, CPU"),
+        ("tpu-v3", "layer, training", "one large layer, TPU v3 (estimate)"),
+        ("benchmark-mini", "model, training", "the whole mini model, CPU"),
     ]
     drawing, axes = canvas(1, 3, (10, 3.2))
-    for ax, (file, what, title) in zip(axes, panels, strict=True):
+    for ax, (name, what, title) in zip(axes, panels, strict=True):
         rows = [
             row
-            for row in json.loads((DATA / file).read_text())["rows"]
+            for row in measured(name)["rows"]
             if row["what"] == what and row["ratio"]
         ]
         for route, color in zip(ROUTES[1:], (GREY, BLUE, INK, RED), strict=True):
@@ -8808,7 +8856,7 @@ def factors() -> dict[str, dict[str, float]]:
     """What `benchmark --published` measured: how many times faster than the published
     way, by change.
     """
-    return json.loads((DATA / "pretraining-speed.json").read_text())["steps"]
+    return measured("pretraining-speed")["steps"]
 
 
 @example
@@ -9015,10 +9063,10 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
 
 @example
 def show_tpu():
-    for file in ("tpu-v3.json", "tpu-v5e.json"):
-        for row in json.loads((DATA / file).read_text())["memory"]:
+    for name in ("tpu-v3", "tpu-v5e"):
+        for row in measured(name)["memory"]:
             print(
-                f"{file[4:-5]:4s} {row['what']:32s}{row['batch']:4d} x"
+                f"{name[4:]:4s} {row['what']:32s}{row['batch']:4d} x"
                 f" {row['length']:<5d}{row['gigabytes']:6.1f} of"
                 f" {row['available']:.0f} GB"
             )
@@ -9074,7 +9122,7 @@ def command_figures(
         show(draw, output)
     if not chosen:
         for draw in drawings():
-            show(draw)
+            show(draw, FIGURES)
 
 
 # %% [markdown]
@@ -9920,10 +9968,10 @@ def what_was_made():
         ("embedded English", describe_english, "in memory"),
         ("vocabulary, masked rows", describe_batch, "runs/tiny/tokenizer.json"),
         ("pretrained model", live, "runs/tiny/flax_model.msgpack"),
-        ("fine-tuned models, accuracies", compare_pairs, "data/tiny.json"),
-        ("Figure 3", draw_kernels, "figures/kernels.png"),
-        ("Figure 4", draw_finetuned, "figures/finetuned.png"),
-        ("share of matrix products", measure_step, "data/tiny.json"),
+        ("fine-tuned models, accuracies", compare_pairs, "runs/data/tiny.json"),
+        ("Figure 3", draw_kernels, "runs/figures/kernels.png"),
+        ("Figure 4", draw_finetuned, "runs/figures/finetuned.png"),
+        ("share of matrix products", measure_step, "runs/data/tiny.json"),
     ]
     named = [function for _, function, _ in rows]
     others = [
@@ -9934,7 +9982,7 @@ def what_was_made():
     for what, function, where in rows:
         print(f"{what:32s}{where:32s}{function.seconds:7.1f} s")
     rest = sum(f.seconds for f in others)
-    print(f"{'the other figures and examples':32s}{'figures/':32s}{rest:7.1f} s")
+    print(f"{'the other figures and examples':32s}{'runs/figures/':32s}{rest:7.1f} s")
     print(f"{'everything':64s}{time.perf_counter() - START:7.1f} s")
 
 

@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+    if "hub" not in config.getoption("markexpr"):
+        asking = [item for item in items if "hub" in item.keywords]
+        items[:] = [item for item in items if "hub" not in item.keywords]
+        config.hook.pytest_deselected(items=asking)
 
 
 @pytest.fixture(autouse=True)

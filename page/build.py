@@ -85,6 +85,10 @@ def install() -> None:
         "--no-fund",
         "--ignore-scripts",
         "--loglevel=error",
+        # A registry may be slow, so each file is tried five times, a minute each time.
+        "--fetch-retries=4",
+        "--fetch-retry-mintimeout=2000",
+        "--fetch-timeout=60000",
     )
     done = subprocess.run(
         ["npm", "install", *options, f"--prefix={HERE}"], capture_output=True, text=True

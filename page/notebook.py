@@ -1,5 +1,8 @@
 """Execute annotated_bigs.py into annotated_bigs.ipynb: `python page/notebook.py`.
 
+A run of the document leaves figures/ and data/ as they are and puts what it draws and
+measures into runs/. This build publishes that, together with the notebook.
+
 Two builds on one machine differ only in what the document measures: cells get their
 names from their sources, progress bars (stderr) are left out, and so is what an editor
 would add.
@@ -99,6 +102,23 @@ def execute(notebook, source: pathlib.Path, timeout: int) -> None:
     ).execute()
 
 
+def made(source: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """(what the run made, where it is published) of each figure and file of numbers."""
+    root = source.resolve().parent
+    return [
+        (file, root / kind / file.name)
+        for kind in ("figures", "data")
+        for file in sorted((root / "runs" / kind).glob("*"))
+    ]
+
+
+def publish(source: pathlib.Path) -> None:
+    """Put what the run made in the place of what the last build published."""
+    for file, place in made(source):
+        place.parent.mkdir(exist_ok=True)
+        os.replace(file, place)
+
+
 def build(
     source: pathlib.Path, target: pathlib.Path, timeout: int, text: bool = False
 ) -> None:
@@ -110,6 +130,8 @@ def build(
     if text:
         reuse(notebook, target)
     else:
+        for leftover, _ in made(source):
+            leftover.unlink()
         execute(notebook, source, timeout)
     anchor_headings(notebook)
     strip(notebook)
@@ -117,6 +139,8 @@ def build(
     unfinished = target.with_suffix(".unfinished")
     nbformat.write(notebook, unfinished)
     os.replace(unfinished, target)
+    if not text:
+        publish(source)
     print(
         f"{target.name}: {len(notebook.cells)} cells,"
         f" {target.stat().st_size // 1024} KiB"

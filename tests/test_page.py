@@ -5,6 +5,7 @@ get, seen by a browser.
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,9 +57,27 @@ def double(x):
 """
 
 
+def do_without(what: str):
+    """What a test needs is missing: here it is skipped, but CI, which has to see to it,
+    fails.
+    """
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("true", pytest.fail), ("", pytest.skip)], ids=["ci", "here"]
+)
+def test_what_is_missing_is_an_error_only_in_ci(monkeypatch, ci, outcome):
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome.Exception, match="npm is not installed"):
+        do_without("npm is not installed")
+
+
 def load(name: str):
     if not importlib.util.find_spec("pypandoc" if name == "build" else "ipykernel"):
-        pytest.skip("requirements-dev.txt is not installed")
+        do_without("requirements-dev.txt is not installed")
     spec = importlib.util.spec_from_file_location(f"page_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,11 +89,11 @@ def build():
     """page/build.py, with all that it needs."""
     module = load("build")
     if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("node and npm are not installed")
+        do_without("node and npm are not installed")
     try:
         module.install()
     except SystemExit as error:  # no network
-        pytest.skip(str(error))
+        do_without(str(error))
     return module
 
 
@@ -306,7 +325,7 @@ WIDTHS = "[document.documentElement.scrollWidth, document.documentElement.client
 @pytest.fixture(scope="module")
 def screen(page):
     if not browser.executable():
-        pytest.skip("chromium is not installed")
+        do_without("chromium is not installed")
     with browser.Browser() as opened:
         opened.open(page.file)
         opened.run(

@@ -1,0 +1,79 @@
+"""The regression net: what the program said before it was rewritten, it still says.
+
+The cases and how they were stored: make_net.py; how they reach the program: net.py.
+"""
+
+import json
+
+import make_net
+import net
+import numpy as np
+import pytest
+
+with np.load(make_net.FILE) as FILE:
+    STORED = dict(FILE)
+
+
+def marked(case):
+    marks = [pytest.mark.slow] if case in make_net.SLOW else []
+    return pytest.param(case, marks=marks, id=case.replace(" ", "-"))
+
+
+def tolerance(case, array):
+    return 1e-4
+
+
+@pytest.mark.parametrize("case", map(marked, make_net.CASES))
+def test_the_program_says_what_it_said(case):
+    names = [name for name in STORED if name.startswith(f"{case}/")]
+    arrays = [name.rsplit("/", 1)[1] for name in names]
+    found = make_net.measure(case)
+    assert list(found) == arrays
+    for array, name in zip(arrays, names, strict=True):
+        difference = make_net.difference(array, found[array], STORED[name])
+        assert difference <= tolerance(case, array), array
+
+
+def test_batches_and_rates_are_what_they_were():
+    for name, array in make_net.exact_values().items():
+        if "rates" in name:
+            np.testing.assert_allclose(array, STORED[f"exact/{name}"], rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(array, STORED[f"exact/{name}"])
+
+
+@pytest.mark.parametrize("architecture", make_net.ARCHITECTURES)
+def test_a_stored_model_is_read_and_written_to_the_byte(architecture, tmp_path):
+    stored = make_net.FOLDER / architecture
+    net.write(net.read(stored), tmp_path)
+    written = tmp_path / "flax_model.msgpack"
+    assert written.read_bytes() == (stored / "flax_model.msgpack").read_bytes()
+    before, after = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (stored, tmp_path)
+    )
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("architecture", make_net.ARCHITECTURES)
+def test_stored_weights_have_their_published_names(architecture):
+    """They are what their names say: drawn by name, without the program."""
+    model = net.by_published_name(net.read(make_net.FOLDER / architecture))
+    weights = make_net.stored_weights(architecture)
+    assert set(model) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(model[name], array)
+        drawn = make_net.drawn(name, array.shape)
+        np.testing.assert_allclose(array, drawn, rtol=1e-5, atol=1e-7)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Bitwise, for the finished model; and the log goes on where it was."""
+    model = make_net.model_of("gated-attention", tmp_path, num_hidden_layers=1)
+    arguments = (model, make_net.token_rows(), make_net.PRETRAINING)
+    whole = net.pretrain(tmp_path / "whole", *arguments)
+    left = net.pretrain(tmp_path / "left", *arguments, leave_after=4)
+    assert left == [entry for entry in whole if entry[0] <= 4]
+    assert net.pretrain(tmp_path / "left", *arguments, resume=True) == whole
+    finished = [tmp_path / run / "flax_model.msgpack" for run in ("whole", "left")]
+    assert finished[0].read_bytes() == finished[1].read_bytes()
