@@ -228,13 +228,13 @@ RESULTS = RUNS / "data" / "tiny.json"  # what the demonstration measures
 # written in place. It is written in a folder `.part-...` beside its place and renamed at the end, which happens in
 # one step. The files of a model belong together, weights and tokenizer, but a system renames them one by one, and
 # cannot replace a folder that holds something. Where there is no folder yet, the new one is renamed as a whole.
-# Else it is moved into the old one under the name `incoming`. That is one step, too, and from then on the new files
+# Else it is moved into the old one as `annotated_bigs.incoming`. That is one step, too, and from then on the new files
 # count: `finish_writing` moves them to their places, and if it is killed, the next one who reads or writes this
 # folder calls it again. All that a kill leaves behind is a folder `.part-...`, which can be deleted.
 
 # %% tags=["appendix"]
 PART = ".part-"  # how the name of a folder begins that holds something unfinished
-INCOMING = "incoming"  # the folder of files that belong one level higher
+INCOMING = "annotated_bigs.incoming"  # holds files that belong one level higher
 GONE = ".gone"  # ends the name of a file that marks another as outdated
 
 
@@ -4567,7 +4567,14 @@ def read_settings(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_settings(directory: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """UserError if the run in a folder began with other settings, or does not tell."""
+    """UserError if the run in a folder began with other settings, or does not tell.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "run.json").write_text("{}")
+    >>> check_settings(folder, {"recipe": {"seed": 0}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: .../run.json: recipe lacks seed; add what ...
+    """
     began = read_settings(directory)
     for part, values in settings.items():
         for field, value in values.items():
@@ -4587,7 +4594,7 @@ def check_settings(directory: Path, settings: dict[str, dict[str, Any]]) -> None
 
 
 # %% [markdown]
-# The lock is held from the first look to the last word.
+# So whoever works in a folder claims it first.
 
 
 # %% tags=["appendix"]

@@ -798,7 +798,9 @@ def test_new_files_that_cannot_be_moved_are_named(tmp_path):
     folder = left_ready(tmp_path)
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    message = f"{folder / 'incoming'}: a killed process left new files.*move them into"
+    message = (
+        f"{folder / bigs.INCOMING}: a killed process left new files.*move them into"
+    )
     with pytest.raises(bigs.UserError, match=message):
         bigs.from_pretrained(folder)
 
