@@ -1,4 +1,5 @@
-"""Forty faults, seeded one at a time into a copy of the project: do the tests catch them?
+"""Forty faults, seeded one at a time into a copy of the project: do the tests catch
+them?
 
     python tests/faults.py                    # all of them, some twenty minutes
     python tests/faults.py --only NAME        # one, or several with --only repeated
@@ -9,11 +10,12 @@ A fault replaces one snippet in the definition of a function, a class or a name 
 annotated_bigs.py. Snippets are written as `ast.unparse` writes code and matched against
 the unparsed definition without its docstring, so formatting and comments do not matter.
 A snippet that is not found exactly once is reported: the program has moved on, and the
-fault has to be rewritten, never dropped. tests/test_faults.py looks at that in every run.
+fault has to be rewritten, never dropped. tests/test_faults.py looks at that in every
+run.
 
 First the tests run on the copy as it is. Then a fault counts as caught if a test fails;
-not if the tests pass, take too long, or cannot even be collected. The status is 0 if all
-are caught.
+not if the tests pass, take too long, or cannot even be collected. The status is 0 if
+all are caught.
 """
 
 import argparse
@@ -129,23 +131,21 @@ FAULTS = [
     Fault(
         name="Fourier transform not padded",
         where="convolve_fft",
-        old="L, x, spectrum = (u.shape[-2], jnp.asarray(u, jnp.float32),"
-        " jnp.fft.rfft(K, 2 * u.shape[-2]))\n"
-        "    spectrum = (spectrum if past else spectrum.conj())[:, None]"
-        " * jnp.fft.rfft(x, 2 * L, axis=-2)\n"
-        "    return jnp.fft.irfft(spectrum, 2 * L, axis=-2)",
-        new="L, x, spectrum = (u.shape[-2], jnp.asarray(u, jnp.float32),"
-        " jnp.fft.rfft(K, u.shape[-2]))\n"
-        "    spectrum = (spectrum if past else spectrum.conj())[:, None]"
-        " * jnp.fft.rfft(x, L, axis=-2)\n"
-        "    return jnp.fft.irfft(spectrum, L, axis=-2)",
+        old="kernel = jnp.fft.rfft(K, 2 * L)[:, None]\n"
+        "    inputs = jnp.fft.rfft(u.astype(jnp.float32), 2 * L, axis=-2)\n"
+        "    outputs = (kernel if past else kernel.conj()) * inputs\n"
+        "    return jnp.fft.irfft(outputs, 2 * L, axis=-2)",
+        new="kernel = jnp.fft.rfft(K, L)[:, None]\n"
+        "    inputs = jnp.fft.rfft(u.astype(jnp.float32), L, axis=-2)\n"
+        "    outputs = (kernel if past else kernel.conj()) * inputs\n"
+        "    return jnp.fft.irfft(outputs, L, axis=-2)",
         tests=(doctest("convolve_fft"), AUTHORS, net("logits-gated-ssm-fft")),
     ),
     Fault(
         name="conjugate missing",
         where="convolve_fft",
-        old="spectrum.conj()",
-        new="spectrum",
+        old="kernel.conj()",
+        new="kernel",
         tests=(
             "tests/test_convolution.py::test_jacobian_is_the_triangle",
             net("logits-gated-ssm-fft"),
@@ -474,7 +474,7 @@ def names(node):
 
 
 def split_docstring(node):
-    """The docstring's statement, if there is one, as a list, and the other statements."""
+    """A docstring, if there is one, as a list, and the other statements."""
     body = node.body
     has = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     return (body[:1], body[1:]) if has else ([], body)

@@ -2,16 +2,17 @@
 
     python tests/make_net.py --again
 
-tests/test_net.py measures the same again and compares. The stored values were made once,
-before the program was rewritten, by the program at commit 3ff9fdc; making them again
-from a later program would prove nothing, so it takes the option --again. How far values
-differ where nothing but rounding does, from which the tolerances were taken: with
-another optimization of the compiler, and every weight moved by an ulp,
+tests/test_net.py measures the same again and compares. The stored values were made
+once, before the program was rewritten, by the program at commit 3ff9fdc; making them
+again from a later program would prove nothing, so it takes the option --again. How far
+values differ where nothing but rounding does, from which the tolerances were taken:
+with another optimization of the compiler, and every weight moved by an ulp,
 
     XLA_FLAGS= python tests/make_net.py --ulp --output other.npz
     python tests/make_net.py --compare other.npz
 
-    golden/net/<architecture>/   four models in the published format, their weights drawn
+    golden/net/<architecture>/   four models in the published format, their weights
+    drawn
                                  by name
     golden/net.npz               for each case of CASES its arrays, as case/array
 """

@@ -1,8 +1,8 @@
 """The regression net's adapter: the only place where the net touches the program.
 
 Whoever rewrites the program changes these few functions until they speak to the new
-names; make_net.py and test_net.py stay as they are, and so do the stored values. A model
-is whatever the program calls one; parameters go by their published names.
+names; make_net.py and test_net.py stay as they are, and so do the stored values. A
+model is whatever the program calls one; parameters go by their published names.
 """
 
 import functools
@@ -63,20 +63,7 @@ def train(model, batches, recipe):
 
 
 def updates(recipe, gradients):
-    """What the optimizer adds to a kernel of zeros, given its gradients step by step."""
-    optimizer = bigs.make_optimizer(bigs.Recipe(**recipe))
-    kernel = {"kernel": np.zeros(np.shape(gradients[0]), np.float32)}
-    state = optimizer.init(kernel)
-    found = []
-    for gradient in gradients:
-        given = {"kernel": np.asarray(gradient, np.float32)}
-        update, state = optimizer.update(given, state, kernel)
-        found.append(np.asarray(update["kernel"]))
-    return found
-
-
-def updates(recipe, gradients):
-    """What the optimizer adds to a kernel of zeros, given its gradients step by step."""
+    """What the optimizer adds to a kernel of zeros for each of these gradients."""
     optimizer = bigs.make_optimizer(bigs.Recipe(**recipe))
     kernel = {"kernel": np.zeros(np.shape(gradients[0]), np.float32)}
     state = optimizer.init(kernel)

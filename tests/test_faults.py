@@ -1,4 +1,4 @@
-"""Every fault of faults.py fits today's program; whether it is caught, faults.py tells."""
+"""Every fault of faults.py fits the program; whether it is caught, faults.py tells."""
 
 import ast
 from collections import Counter

@@ -19,9 +19,9 @@ def marked(case):
     return pytest.param(case, marks=marks, id=case.replace(" ", "-"))
 
 
-# The largest difference that is let pass, as make_net.difference measures it: about four
-# times what was seen where nothing but rounding differed. Measured with jax 0.10.2 on a
-# CPU: the compiler's default optimization instead of the tests' (none), layers scanned
+# The largest difference that is let pass, as make_net.difference measures it: about
+# four times what was seen where nothing but rounding differed. Measured with jax 0.10.2
+# on a CPU: the compiler's default optimization, not the tests' (none), layers scanned
 # instead of written out, and weights moved by an ulp, all together.
 TOLERANCES = {
     "logits": 1e-4,  # seen: 2.8e-5
