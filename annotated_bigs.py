@@ -7060,10 +7060,30 @@ def fingerprint(*what: Any) -> str:
 
 
 # %% [markdown]
-# The cache holds Arrow tables, which the system maps into memory: a row is read from disk when a batch asks for it.
+# The cache holds Arrow tables, which the system maps into memory: a row is read from disk when a batch asks for it. It
+# finds a table by the pickled function that makes the rows, so we let that pickle be the fingerprint and nothing else.
 
 
 # %% tags=["appendix"]
+class Keyed:
+    """A function without arguments whose pickle is its key.
+
+    >>> import pickle
+    >>> pickle.loads(pickle.dumps(Keyed("rows", lambda: iter("ab"))))
+    'rows'
+    """
+
+    def __init__(self, key: str, make: Callable[[], Iterator[Any]]):
+        self.key = key
+        self.make = make
+
+    def __call__(self) -> Iterator[Any]:
+        return self.make()
+
+    def __reduce__(self):
+        return str, (self.key,)
+
+
 def prepared(part: Part, tokenizer, L: int, split: bool):
     """The rows of a part as a `datasets.Dataset`, from the cache if they are there, and
     their fingerprint.
@@ -7095,7 +7115,7 @@ def prepared(part: Part, tokenizer, L: int, split: bool):
     try:
         return (
             datasets.Dataset.from_generator(
-                make, features=datasets.Features(columns), fingerprint=key
+                Keyed(key, make), features=datasets.Features(columns)
             ),
             key,
         )
