@@ -52,7 +52,7 @@ FILL = ("fill-mask", "a [MASK] b")
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (
             (*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"),
@@ -103,12 +103,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
     )
     result = run(project, *arguments)
     assert result.returncode == 2, result.stderr
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
     assert (
         len([line for line in result.stderr.splitlines() if line.startswith("error:")])
         == 1
     )
-    assert not (project / "runs" / "bad").exists() and not result.stdout
+    assert not (project / "runs" / "bad").exists()
+    assert not result.stdout
 
 
 def test_unknown_command_and_help(project):
@@ -124,7 +126,8 @@ def test_unknown_command_and_help(project):
         "benchmark",
     ):
         result = run(project, command, "--help")
-        assert result.returncode == 0 and "usage" in result.stdout
+        assert result.returncode == 0
+        assert "usage" in result.stdout
 
 
 def written_commands():
@@ -169,10 +172,8 @@ def test_figures_are_redrawn(project):
     result = run(project, "figures")
     assert result.returncode == 0, result.stderr
     drawn = {path.name for path in (project / "figures").glob("*.png")}
-    assert (
-        drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
-        and len(drawn) >= 8
-    )
+    assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
+    assert len(drawn) >= 8
 
 
 @pytest.fixture(scope="module")
@@ -210,18 +211,20 @@ def test_fill_mask_prints_a_table_for_each_mask(models, capsys):
     assert [line for line in lines if line.startswith("[MASK]")] == [
         "[MASK] 1",
         "[MASK] 2",
-    ] and len(lines) == 10
+    ]
+    assert len(lines) == 10
     for first in (1, 6):
         shares = [
             float(line.split()[1].removesuffix("%"))
             for line in lines[first : first + 4]
         ]
-        assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 100
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) < 100
     assert "error" not in err
 
 
 @pytest.mark.parametrize(
-    "text, options, message",
+    ("text", "options", "message"),
     [
         ("to be", (), "there is no [MASK] in it; write [MASK] where"),
         (
@@ -253,11 +256,9 @@ def test_fill_mask_helps(models, capsys, text, options, message):
     with pytest.raises(SystemExit, match="2"):
         bigs.main(["fill-mask", text, *options])
     out, err = capsys.readouterr()
-    assert (
-        any(part in err for part in message.split("|"))
-        and err.startswith("error: ")
-        and not out
-    )
+    assert any(part in err for part in message.split("|"))
+    assert err.startswith("error: ")
+    assert not out
 
 
 @pytest.mark.slow
@@ -295,9 +296,11 @@ def test_pretrain_resume_fill_mask_finetune(project):
     long = run(
         project, "fill-mask", "sum [MASK] " + "number " * 300, "--model", "runs/mine"
     )
-    assert long.returncode == 2 and "reads at most 128" in long.stderr
+    assert long.returncode == 2
+    assert "reads at most 128" in long.stderr
     unmasked = run(project, "fill-mask", "The sum.", "--model", "runs/mine")
-    assert unmasked.returncode == 2 and "no [MASK]" in unmasked.stderr
+    assert unmasked.returncode == 2
+    assert "no [MASK]" in unmasked.stderr
 
 
 @pytest.mark.slow
@@ -308,11 +311,9 @@ def test_the_whole_document_runs_without_network(project):
     assert "everything" in result.stdout.splitlines()[-1]
     found = json.loads((project / "data" / "tiny.json").read_text())
     heldout = [record["heldout"] for record in found["history"] if "heldout" in record]
-    assert (
-        heldout[0] > 8.9
-        and heldout[-1] < 6.2
-        and sorted(heldout, reverse=True) == heldout
-    )
+    assert heldout[0] > 8.9
+    assert heldout[-1] < 6.2
+    assert sorted(heldout, reverse=True) == heldout
     accuracy = {name: values[0] for name, values in found["pairs"]["accuracy"].items()}
     assert set(accuracy) == {
         "pretrained",
@@ -320,10 +321,8 @@ def test_the_whole_document_runs_without_network(project):
         "word overlap",
         "always yes",
     }
-    assert (
-        all(0.4 < value < 0.9 for value in accuracy.values())
-        and accuracy["word overlap"] > 0.6
-    )
+    assert all(0.4 < value < 0.9 for value in accuracy.values())
+    assert accuracy["word overlap"] > 0.6
     assert found["step"]["ratio"] < 2, (
         "a training step takes more than twice its own matrix products"
     )
@@ -332,7 +331,8 @@ def test_the_whole_document_runs_without_network(project):
     )
     assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
     filled = run(project, "fill-mask", "The function [MASK] a new array.")
-    assert filled.returncode == 0 and filled.stdout.count("%") == 10
+    assert filled.returncode == 0
+    assert filled.stdout.count("%") == 10
 
 
 @pytest.mark.slow
@@ -367,7 +367,8 @@ def test_a_second_run_on_the_same_text_starts_at_once(project, tmp_path, monkeyp
         )
         assert result.returncode == 0, result.stderr
         seconds.append(time.perf_counter() - start)
-    assert seconds[1] < 0.7 * seconds[0] and seconds[0] < 120
+    assert seconds[1] < 0.7 * seconds[0]
+    assert seconds[0] < 120
     losses = [
         bigs.read_log(project / output)[-1]["heldout"]
         for output in ("runs/first", "runs/second")

@@ -275,7 +275,7 @@ def sample(lengths, seed, rounds=1):
 
 
 @pytest.mark.parametrize(
-    "L, block, N, scaling, make, past, dtype", sample(LENGTHS, seed=2158)
+    ("L", "block", "N", "scaling", "make", "past", "dtype"), sample(LENGTHS, seed=2158)
 )  # long ones are large
 def test_value_and_gradients(L, block, N, scaling, make, past, dtype):
     check(make(N, scaling, L), L, block, past, dtype)
@@ -283,7 +283,8 @@ def test_value_and_gradients(L, block, N, scaling, make, past, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "L, block, N, scaling, make, past, dtype", sample(LENGTHS + MORE_LENGTHS, 1, 2)
+    ("L", "block", "N", "scaling", "make", "past", "dtype"),
+    sample(LENGTHS + MORE_LENGTHS, 1, 2),
 )
 def test_value_and_gradients_further(L, block, N, scaling, make, past, dtype):
     check(make(N, scaling, L + 1), L, block, past, dtype, seed=1)
@@ -291,7 +292,7 @@ def test_value_and_gradients_further(L, block, N, scaling, make, past, dtype):
 
 @pytest.mark.parametrize("past", [True, False])
 @pytest.mark.parametrize(
-    "L, scaling, make",
+    ("L", "scaling", "make"),
     [(1, "lin", fresh), (57, "inv", trained), (300, "hippo", trained)],
 )
 def test_the_oracle_is_scipys_discretization_and_a_recurrence(L, scaling, make, past):
@@ -365,7 +366,7 @@ def test_poles_that_neither_fade_nor_turn():
 
 
 @pytest.mark.parametrize(
-    "block, past", [(16, True), (16, False), (17, True), (17, False)]
+    ("block", "past"), [(16, True), (16, False), (17, True), (17, False)]
 )
 def test_many_blocks_and_few(block, past):
     """Beyond 64 blocks a loop carries the states, up to 64 a product: 1030 tokens are
@@ -434,10 +435,12 @@ def test_unwinding_saves_the_phase():
         off(jax.jit(ways(L, block, True)["blocks"])(impulse, s)[:, 0])
         for block in (250, 521)
     )
-    assert naive > 6 * kernel and naive > 10 * loop and naive > 10 * product
-    assert (
-        kernel < 4 * recurrence and loop < 2 * recurrence and product < 2 * recurrence
-    )
+    assert naive > 6 * kernel
+    assert naive > 10 * loop
+    assert naive > 10 * product
+    assert kernel < 4 * recurrence
+    assert loop < 2 * recurrence
+    assert product < 2 * recurrence
 
 
 def operations_a_channel(way, L, d=64):
@@ -457,7 +460,7 @@ def operations_a_channel(way, L, d=64):
     jax.default_backend() != "cpu", reason="other compilers count other things"
 )
 @pytest.mark.parametrize(
-    "L, Q",
+    ("L", "Q"),
     [(300, 256), (4096, 256), (4096, 64), (2050, 128), (100, 256), (130 * 64, 64)],
 )
 def test_operations_of_blocks_are_the_compilers(L, Q):
@@ -514,7 +517,7 @@ def test_reading_backward_is_reading_the_reversed_text(way):
     )
 
 
-@pytest.mark.parametrize("make, rank", [(trained, 8), (fresh, 4)])
+@pytest.mark.parametrize(("make", "rank"), [(trained, 8), (fresh, 4)])
 def test_blocks_off_the_diagonal_have_low_rank(make, rank):
     """2N for any poles, N for conjugate pairs, as at the start; up to rounding."""
     p = make(4, "hippo", 1) | {
@@ -530,7 +533,7 @@ def test_blocks_off_the_diagonal_have_low_rank(make, rank):
 
 @pytest.mark.parametrize("past", [True, False])
 @pytest.mark.parametrize(
-    "way, block",
+    ("way", "block"),
     [("direct", 0), ("toeplitz", 0), ("fft", 0), ("blocks", 16), ("blocks", 1)],
 )
 def test_a_batch_is_its_sentences(way, block, past):
@@ -548,7 +551,7 @@ def test_a_batch_is_its_sentences(way, block, past):
         )
 
 
-@pytest.mark.parametrize("L, way", [(512, "toeplitz"), (513, "blocks")])
+@pytest.mark.parametrize(("L", "way"), [(512, "toeplitz"), (513, "blocks")])
 def test_length_decides(L, way):
     s, u = (
         system(fresh(4, "lin", 8)),

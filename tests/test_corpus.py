@@ -139,7 +139,8 @@ def check(data, parts, tokenizer):
         ]
         for side in (False, True)
     )
-    assert data.train.tokens[:].tolist() == train and 0 < len(held) <= 64
+    assert data.train.tokens[:].tolist() == train
+    assert 0 < len(held) <= 64
     assert [restored(b) for b in data.heldout] == [
         [held[i] for i in bigs.epoch_order(len(held), 0, 0)]
     ]
@@ -204,11 +205,9 @@ def test_a_few_broken_lines_are_counted_and_skipped(tmp_path, capsys):
         text for number, text in enumerate(TEXTS[:300]) if number not in (6, 99, 199)
     ]
     told = capsys.readouterr().err
-    assert (
-        told.startswith(f"{file}: 3 of 300 lines")
-        and told.endswith("first is line 7\n")
-        and told.count("\n") == 1
-    )
+    assert told.startswith(f"{file}: 3 of 300 lines")
+    assert told.endswith("first is line 7\n")
+    assert told.count("\n") == 1
     file.write_text("\n".join([*lines[:-1], "null"]))  # now more than one in a hundred
     refused(
         f"{file}, line 7: not a JSON object .* one of 4 ",
@@ -225,7 +224,7 @@ CUT, NOT = (
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         (
             "binary.txt",
@@ -266,13 +265,12 @@ def test_bad_files_are_named_and_leave_nothing(
         refused(
             f"{tmp_path / name}, {message}", function, [str(tmp_path / name)], *rest
         )
-        assert not list(cache.rglob("*.arrow")) and not list(
-            cache.rglob("*.incomplete")
-        )
+        assert not list(cache.rglob("*.arrow"))
+        assert not list(cache.rglob("*.incomplete"))
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
         *(
             (name, "does not exist; give a text file, a folder")
@@ -444,10 +442,8 @@ def test_shards_come_back_as_they_are(tmp_path, tokenizer):
                 values, wanted.sum(1) if name == "input_mask" else wanted
             )
     own = bigs.batch_at(data.train, 8, 3, 0, masks=2, own=slice(2, 4))
-    assert (
-        all(np.array_equal(a, b[2:4]) for a, b in zip(own, batch, strict=True))
-        and len(data.heldout) == 1
-    )
+    assert all(np.array_equal(a, b[2:4]) for a, b in zip(own, batch, strict=True))
+    assert len(data.heldout) == 1
 
 
 def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
@@ -490,7 +486,7 @@ def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda f: f.pop("masked_lm_ids"), "masked_lm_ids is missing"),
         (lambda f: f.pop("input_ids"), "input_ids is missing"),
@@ -658,10 +654,8 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
     rows, original, shown = stored._replace(vocab_size=60), [], []
     for step in range(40):
         batch = bigs.batch_at(rows, len(rows.tokens), 0, step)
-        assert (
-            batch.labels.shape[1] == 5
-            and not np.isin(batch.labels, rows.special_ids).any()
-        )  # 15 % of 32
+        assert batch.labels.shape[1] == 5
+        assert not np.isin(batch.labels, rows.special_ids).any()
         original.append(
             np.take_along_axis(np.array(restored(batch)), batch.positions, 1).ravel()
         )
@@ -670,12 +664,10 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
     assert not np.isin(original, rows.special_ids).any()
     counts = np.bincount(shown[(shown != original) & (shown != rows.mask_id)])
     expected, others = len(shown) * 0.1 / 60, np.delete(counts, rows.mask_id)
-    assert (
-        len(counts) == 60
-        and 0.5 * expected < others.min()
-        and others.max() < 1.5 * expected
-        and expected > 100
-    )
+    assert len(counts) == 60
+    assert 0.5 * expected < others.min()
+    assert others.max() < 1.5 * expected
+    assert expected > 100
 
 
 def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
@@ -687,10 +679,8 @@ def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
     )
     monkeypatch.setattr(bigs, "train_tokenizer", None)
     again = bigs.trained_vocabulary(source, 300)
-    assert (
-        again.get_vocab() == first.get_vocab()
-        and again(TEXTS)["input_ids"] == first(TEXTS)["input_ids"]
-    )
+    assert again.get_vocab() == first.get_vocab()
+    assert again(TEXTS)["input_ids"] == first(TEXTS)["input_ids"]
 
     def slowly(texts, size):  # while we train, another process is done
         monkeypatch.setattr(bigs, "train_tokenizer", train)
@@ -754,11 +744,9 @@ def test_two_processes_train_one_vocabulary_of_at_most_400_letters(tmp_path):
             piece.removeprefix("##") for piece, _ in first if not piece.startswith("[")
         )
     )
-    assert (
-        first == second
-        and len(found) == 400
-        and set("badokilumenorasituwe.0123456789") < found
-    )
+    assert first == second
+    assert len(found) == 400
+    assert set("badokilumenorasituwe.0123456789") < found
 
 
 @pytest.mark.parametrize(
@@ -800,10 +788,8 @@ def test_a_vocabulary_from_a_file(tmp_path, file):
         *(d.text for d in bigs.docstrings("email")),
     ]:
         a, b = (t(text, "a pair", return_token_type_ids=True) for t in (ours, theirs))
-        assert (
-            a["input_ids"] == b["input_ids"]
-            and a["token_type_ids"] == b["token_type_ids"]
-        )
+        assert a["input_ids"] == b["input_ids"]
+        assert a["token_type_ids"] == b["token_type_ids"]
 
 
 def test_a_vocabulary_is_the_one_named(tmp_path, monkeypatch):
@@ -835,4 +821,5 @@ def test_batches_from_disk_are_quick(tmp_path, tokenizer):
             bigs.batch_at(rows, 64, 0, step)
         rates.append(4 * 64 * 128 / (time.perf_counter() - begun))
     print(f"{max(rates):.3g} tokens a second")
-    assert len(rows.tokens) > 3000 and max(rates) > 1e6
+    assert len(rows.tokens) > 3000
+    assert max(rates) > 1e6

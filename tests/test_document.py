@@ -106,7 +106,8 @@ def test_tests_named_in_prose_exist(document):
         for file, test in named
         if f"\ndef {test}(" not in (ROOT / file).read_text()
     ]
-    assert len(named) > 15 and not missing
+    assert len(named) > 15
+    assert not missing
 
 
 def test_figures_carry_what_they_say(document, bigs):
@@ -500,4 +501,5 @@ def test_claims_catch(claim, complaint, make):
 def test_spans_catch(span, make):
     document = make("`half(x)`", f"`{span}`")
     complaints = reading.check_spans(document, namespace_of(document), LIBRARIES)
-    assert len(complaints) == 1 and f"`{span}`" in complaints[0]
+    assert len(complaints) == 1
+    assert f"`{span}`" in complaints[0]

@@ -92,16 +92,14 @@ def test_official_files_are_read_whole(name, capsys):
     task, splits = bigs.GLUE[name], bigs.task_texts(name, REAL)
     assert {split: len(texts) for split, (texts, _) in splits.items()} == ROWS[name]
     for split, (texts, labels) in splits.items():
-        assert {len(text) for text in texts} == {len(task.texts)} and all(
-            map(all, texts)
-        )
+        assert {len(text) for text in texts} == {len(task.texts)}
+        assert all(map(all, texts))
         if split in ("test", "diagnostic"):
             assert labels is None
         elif task.labels:
             count = np.bincount(labels).tolist()
-            assert COUNTS.get((name, split), count) == count and sum(count) == len(
-                texts
-            )
+            assert COUNTS.get((name, split), count) == count
+            assert sum(count) == len(texts)
         else:
             assert (labels.min(), labels.max(), len(labels)) == (0, 5, len(texts))
     told = (
@@ -127,9 +125,8 @@ def test_measures_are_those_of_the_libraries(name):
     wanted = [
         measure(labels, guess) for measure in METRICS.get(name, (accuracy_score,))
     ]
-    assert (
-        list(found.values()) == pytest.approx(wanted) and min(map(abs, wanted)) > 0.01
-    )
+    assert list(found.values()) == pytest.approx(wanted)
+    assert min(map(abs, wanted)) > 0.01
     constant = bigs.task_scores(task, 0 * outputs, labels)
     assert all(
         value == 0
@@ -208,7 +205,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    "name, suffix, content, message",
+    ("name", "suffix", "content", "message"),
     [
         *(
             (name, suffix, pack(content), message)
@@ -252,7 +249,7 @@ WHY = [
 
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize(
-    "name, content, texts, told",
+    ("name", "content", "texts", "told"),
     [
         *(
             (
@@ -279,7 +276,9 @@ def test_oddities_of_official_files_are_read(
 ):
     file = write(tmp_path, name, "train", PACK[suffix](content.encode()), suffix)
     ((split, found),) = bigs.task_texts(name, tmp_path).items()
-    assert split == "train" and found.texts == texts and len(found.labels) == len(texts)
+    assert split == "train"
+    assert found.texts == texts
+    assert len(found.labels) == len(texts)
     assert capsys.readouterr().err == (f"{file}{told}" if told else "")
 
 
@@ -360,10 +359,8 @@ def test_an_epoch_shows_each_example_once_in_batches_of_like_length():
     assert all(
         epoch.shape == (125, 8) and np.unique(epoch).size == 1000 for epoch in epochs
     )
-    assert (
-        np.unique(epochs).size == 1003
-        and np.unique(bigs.grouped(lengths[:1000], 8, rng)).size == 1000
-    )
+    assert np.unique(epochs).size == 1003
+    assert np.unique(bigs.grouped(lengths[:1000], 8, rng)).size == 1000
     assert all(np.ptp(lengths[epoch], axis=1).mean() < 3 for epoch in epochs)
     rises = [
         np.corrcoef(np.arange(125), lengths[epoch].mean(1))[0, 1] for epoch in epochs
@@ -390,7 +387,8 @@ def test_padding_is_silent_and_padded_training_the_same(monkeypatch):
         loud(classifier(), 0.3)(*cut(TOY, chosen, L))
         for L in (int(one.lengths.max()), 23, 64)
     ]
-    assert one.lengths.max() < 16 and np.ptp(outputs[0], axis=0).min() > 0.01
+    assert one.lengths.max() < 16
+    assert np.ptp(outputs[0], axis=0).min() > 0.01
     np.testing.assert_allclose(outputs[1:], [outputs[0]] * 2, atol=1e-5)
     monkeypatch.setattr(
         bigs,
@@ -476,7 +474,8 @@ def test_regression_learns_a_score():
         classifier(1), scores, bigs.Tuning(learning_rate=0.01, batch=8, epochs=60)
     )
     error = np.square(bigs.predict(tuned.last, scores)[:, 0] - scores.labels).mean()
-    assert error < 0.05 * scores.labels.var() and scores.labels.var() > 1
+    assert error < 0.05 * scores.labels.var()
+    assert scores.labels.var() > 1
 
 
 def test_the_best_model_is_that_of_the_best_score():
@@ -488,31 +487,24 @@ def test_the_best_model_is_that_of_the_best_score():
 
     tuning = bigs.Tuning(learning_rate=0.01, batch=8, epochs=4)
     tuned = bigs.finetune(start, TOY, tuning, 0, score)
-    assert (
-        tuned.scores == script
-        and same(tuned.best, seen[1])
-        and same(tuned.last, seen[3])
-    )
-    assert not any(
-        same(a, b) for a, b in itertools.combinations([start, *seen], 2)
-    ) and same(start, classifier())
+    assert tuned.scores == script
+    assert same(tuned.best, seen[1])
+    assert same(tuned.last, seen[3])
+    assert not any(same(a, b) for a, b in itertools.combinations([start, *seen], 2))
+    assert same(start, classifier())
     plain, other = (bigs.finetune(start, TOY, tuning, seed) for seed in (0, 1))
-    assert (
-        same(plain.last, seen[3])
-        and same(plain.best, seen[3])
-        and not same(other.last, seen[3])
-    )
+    assert same(plain.last, seen[3])
+    assert same(plain.best, seen[3])
+    assert not same(other.last, seen[3])
 
 
 def test_a_classifier_keeps_what_fits():
     fresh = classifier(4, seed=1)
     for start in (classifier(3, seed=5), loud(bigs.BiGS(CONFIG, seed=5), 3.0)):
         found = bigs.classifier_on(start, TOY, 1, 4)
-        assert (
-            same(start, found, "encoder")
-            and same(fresh, found, "classifier")
-            and found.config.num_labels == 4
-        )
+        assert same(start, found, "encoder")
+        assert same(fresh, found, "classifier")
+        assert found.config.num_labels == 4
         assert start.task == "masked_lm" or same(start, found, "pooler")
     ids, mask, types = bigs.cut(TOY, np.arange(40), 16)
     spread = np.std(
@@ -654,9 +646,8 @@ def test_tasks_start_where_they_should(made, tmp_path, asked):
         (tmp_path, made / "runs/stsb"),
     ):
         found = json.loads((output / "results.json").read_text())
-        assert next(iter(found)) == "mnli" and {
-            name: found[name]["model"] for name in ("mnli", "rte", "cola")
-        } == {
+        assert next(iter(found)) == "mnli"
+        assert {name: found[name]["model"] for name in ("mnli", "rte", "cola")} == {
             "mnli": str(made / "model"),
             "rte": str(after),
             "cola": str(made / "model"),
@@ -690,14 +681,10 @@ def test_answers_are_those_of_the_saved_model(made, name):
     assert record["best"][dev] == pytest.approx(
         bigs.task_scores(task, outputs[dev], splits[dev].labels)
     )
-    assert (
-        max(record["evaluations"]) == record["best"][dev][task.metrics[0]]
-        and len(set(words)) > 1
-    )
-    assert (
-        record["evaluations"][-1] == record["last"][dev][task.metrics[0]]
-        and len(record["evaluations"]) == 8
-    )
+    assert max(record["evaluations"]) == record["best"][dev][task.metrics[0]]
+    assert len(set(words)) > 1
+    assert record["evaluations"][-1] == record["last"][dev][task.metrics[0]]
+    assert len(record["evaluations"]) == 8
 
 
 def test_a_record_tells_the_best_model_from_the_last(made):
@@ -729,21 +716,17 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
         for line in told
         if "left out, there is no train set in" in line
     ]
-    assert (
-        left == 2 * ["qnli", "qqp", "sst2", "mrpc", "wnli"]
-        and calls == []
-        and times[0] == times[1]
-    )
+    assert left == 2 * ["qnli", "qqp", "sst2", "mrpc", "wnli"]
+    assert calls == []
+    assert times[0] == times[1]
     (tmp_path / "rte/pretrained-0.json").unlink()
     command(made, tmp_path, "--task", "rte", "--variants", *bigs.GLUE_VARIANTS)
     after = {
         file: record | {"seconds": before.get(file, record)["seconds"]}
         for file, record in read(tmp_path).items()
     }
-    assert (
-        calls == [("rte", variant) for variant in bigs.GLUE_VARIANTS]
-        and before.items() <= after.items()
-    )
+    assert calls == [("rte", variant) for variant in bigs.GLUE_VARIANTS]
+    assert before.items() <= after.items()
     tunings = [
         after[f"rte/{variant.replace(' ', '-')}-0.json"]["tuning"]
         for variant in bigs.GLUE_VARIANTS
@@ -757,7 +740,7 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
 
 
 @pytest.mark.parametrize(
-    "field, change",
+    ("field", "change"),
     [
         ("batch", ()),
         ("epochs", ()),
@@ -781,7 +764,8 @@ def test_a_folder_belongs_to_one_setting(made, tmp_path, asked, capsys, field, c
     )
     with pytest.raises(SystemExit, match="2"):
         command(made, tmp_path / "runs", "--task", "cola", **{field: given})
-    assert f"error: {field}: " in capsys.readouterr().err and asked[0] == []
+    assert f"error: {field}: " in capsys.readouterr().err
+    assert asked[0] == []
 
 
 def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
@@ -812,10 +796,8 @@ def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
         (max(record["evaluations"]), record["tuning"]["learning_rate"])
         for record in read(tmp_path, "cola/search/*/*-0.json").values()
     )
-    assert (
-        searched == [(0.2, 0.1), (0.4, 0.3), (0.7, 0.2)]
-        and calls[:3] == [("cola", "padded", 0)] * 3
-    )
+    assert searched == [(0.2, 0.1), (0.4, 0.3), (0.7, 0.2)]
+    assert calls[:3] == [("cola", "padded", 0)] * 3
     assert calls[3:] == [
         ("cola", variant, seed)
         for seed in range(3)
@@ -849,11 +831,11 @@ def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
         "padded",
         learning_rate=None,
     )
-    assert same(bigs.from_pretrained(tmp_path / "cola"), kept) and len(calls) == 10
+    assert same(bigs.from_pretrained(tmp_path / "cola"), kept)
+    assert len(calls) == 10
     assert not list(tmp_path.glob("cola/search/*/config.json"))
-    assert len(bigs.Grid().tunings(True, 1024)) == 60 and bigs.Grid().tunings(
-        False, 1024
-    ) == [bigs.Tuning()]
+    assert len(bigs.Grid().tunings(True, 1024)) == 60
+    assert bigs.Grid().tunings(False, 1024) == [bigs.Tuning()]
 
 
 def test_a_killed_command_goes_on_with_the_next_run(made, tmp_path, asked):
@@ -861,18 +843,16 @@ def test_a_killed_command_goes_on_with_the_next_run(made, tmp_path, asked):
     script["rte"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         command(made, tmp_path, "--task", "mnli", "rte", "cola")
-    assert calls.pop()[0] == "rte" and list(first := read(tmp_path)) == [
-        "mnli/pretrained-0.json"
-    ]
+    assert calls.pop()[0] == "rte"
+    assert list(first := read(tmp_path)) == ["mnli/pretrained-0.json"]
     script.clear()
     command(made, tmp_path, "--task", "mnli", "rte", "cola")
-    assert [call[0] for call in calls] == ["mnli", "rte", "cola"] and first == read(
-        tmp_path, "mnli/*-0.json"
-    )
+    assert [call[0] for call in calls] == ["mnli", "rte", "cola"]
+    assert first == read(tmp_path, "mnli/*-0.json")
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (("--task", "soup"), "task: 'soup' does not exist; choose one of mnli, "),
         (
@@ -915,11 +895,9 @@ def test_mistakes_are_told_in_one_line(
             **({} if arguments else {"data": None}),
         )
     err = capsys.readouterr().err.splitlines()
-    assert (
-        err[-1].startswith(f"error: {message}")
-        and all("left out" in line for line in err[:-1])
-        and asked[0] == []
-    )
+    assert err[-1].startswith(f"error: {message}")
+    assert all("left out" in line for line in err[:-1])
+    assert asked[0] == []
 
 
 def test_cut_batches_were_measured_to_be_faster_at_equal_scores():
@@ -933,7 +911,8 @@ def test_cut_batches_were_measured_to_be_faster_at_equal_scores():
             np.array(found["variants"][kind]["last"][found["dev"]][found["metric"]])
             for kind in ("pretrained", "padded")
         )
-        assert len(cut) == len(padded) == 3 and bigs.cut_speed(task) >= 3
+        assert len(cut) == len(padded) == 3
+        assert bigs.cut_speed(task) >= 3
         assert abs(cut.mean() - padded.mean()) <= 2 * np.hypot(
             cut.std(ddof=1), padded.std(ddof=1)
         ), task

@@ -70,10 +70,8 @@ def test_make_describes_every_target():
 
 def test_hooks_and_workflow_run_the_same_commands():
     script = (ROOT / ".ci/run").read_text()
-    assert (
-        'bash -c "$tests --slow"' in script
-        and ".ci/readme-commands README.md" in script
-    )
+    assert 'bash -c "$tests --slow"' in script
+    assert ".ci/readme-commands README.md" in script
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0][
         "hooks"
     ]

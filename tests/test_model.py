@@ -40,7 +40,7 @@ CALL = jax.jit(lambda model, *inputs: model(*inputs))
 
 
 @pytest.mark.parametrize(
-    "task, shape",
+    ("task", "shape"),
     [
         ("masked_lm", (3, 12, 60)),
         ("sequence_classification", (3, 2)),
@@ -150,7 +150,7 @@ def test_reversal_symmetry_of_the_gated_layer():
         {"pre_norm": False},
     ],
 )
-@pytest.mark.parametrize("scale, tolerance", [(0.02, 1e-6), (0.3, 1e-5)])
+@pytest.mark.parametrize(("scale", "tolerance"), [(0.02, 1e-6), (0.3, 1e-5)])
 def test_chosen_positions_are_those_of_all_logits(
     rival, rows, scale, tolerance, monkeypatch
 ):
@@ -211,7 +211,7 @@ def test_too_long_a_text_is_refused():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("scaling", "x"),
         ("block", "x"),
@@ -242,10 +242,8 @@ def test_what_a_tokenizer_returns_goes_in(tokenizer, mask_padding):
     model = fresh(replace(SMALL, mask_padding=mask_padding))
     together = tokenizer(TEXTS, padding=True, return_tensors="np")
     logits = model(**together)
-    assert (
-        logits.shape == (*together["input_ids"].shape, 60)
-        and logits.dtype == jnp.float32
-    )
+    assert logits.shape == (*together["input_ids"].shape, 60)
+    assert logits.dtype == jnp.float32
     for row, text in enumerate(TEXTS):
         inputs = tokenizer(text, return_tensors="np")
         alone = model(**inputs)
@@ -288,7 +286,7 @@ def test_one_compilation_for_each_shape(monkeypatch, mask_padding):
 
 
 @pytest.mark.parametrize(
-    "ids, message",
+    ("ids", "message"),
     [
         (np.array([[3, 60]]), "60 is none of this model's 60 words"),
         (np.ones(5, int), "shape .5,., but this task reads"),
@@ -310,7 +308,7 @@ def test_a_mask_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("name", bigs.RIVALS)
 @pytest.mark.parametrize(
-    "convolution, L",
+    ("convolution", "L"),
     [
         ("fft", 128),
         ("fft", 4096),

@@ -109,7 +109,7 @@ def with_D_in_one_direction(u, ssm, past=True, algorithm="auto"):
 
 
 @pytest.mark.parametrize(
-    "name, patch, changes, effect",
+    ("name", "patch", "changes", "effect"),
     [
         ("mlm", {}, {"pre_norm": False}, 1.6),
         ("mlm", {"gelu": EXACT}, {}, 1.1e-5),
@@ -147,9 +147,8 @@ def test_what_is_given_without_padding_gets_the_authors_answer(name):
     inputs, logits = golden(name)
     model, lengths = bigs.from_pretrained(GOLDEN / name), inputs[1].sum(1)
     assert lengths.min() < 64, "no padding in the golden inputs"
-    assert (
-        inputs[0][inputs[1] == 0] == model.config.pad_token_id
-    ).all() and not inputs[2][inputs[1] == 0].any()
+    assert (inputs[0][inputs[1] == 0] == model.config.pad_token_id).all()
+    assert not inputs[2][inputs[1] == 0].any()
     for row, length in enumerate(lengths):
         short = model(*(a[row : row + 1, :length] for a in inputs))[0]
         theirs = logits[row, :length] if name == "mlm" else logits[row]
@@ -222,13 +221,15 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    "task, changes", TASKS + [("sequence_classification", change) for change in SHAPES]
+    ("task", "changes"),
+    TASKS + [("sequence_classification", change) for change in SHAPES],
 )
 def test_what_is_written_is_read_back(tmp_path, task, changes):
     model = moved(replace(SMALL, **changes), task)
     bigs.save_pretrained(model, tmp_path)
     again = bigs.from_pretrained(tmp_path)
-    assert again.config == model.config and again.task == task
+    assert again.config == model.config
+    assert again.task == task
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -362,7 +363,7 @@ def renamed(flat, old, new):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             lambda t: t.pop(ending(t, "layer/1/dol/kernel")),
@@ -434,7 +435,7 @@ def test_misfitting_weights_are_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    "field, value, message",
+    ("field", "value", "message"),
     [
         ("num_hidden_layers", 4, "lack s4_bert/encoder/layer/3"),
         ("num_hidden_layers", 2, "no place for: .*layer/2/"),
@@ -642,7 +643,8 @@ def test_a_model_for_longer_texts(rows):
     assert longer.config == replace(SMALL, max_position_embeddings=80)
     np.testing.assert_allclose(longer(IDS), model(IDS), atol=1e-6)
     long = np.random.default_rng(2).integers(5, 60, (2, 80))
-    assert longer(long).shape == (2, 80, 60) and np.isfinite(longer(long)).all()
+    assert longer(long).shape == (2, 80, 60)
+    assert np.isfinite(longer(long)).all()
     table, old = (
         np.asarray(m.encoder.positions.embedding[...]) for m in (longer, model)
     )

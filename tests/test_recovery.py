@@ -103,9 +103,8 @@ def finish(*processes, status=0, seconds=180):
 def wait_for(condition, process=None, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and (
-            process is None or process.poll() is None
-        )
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.002)
 
 
@@ -216,11 +215,11 @@ def test_a_request_to_leave_is_followed(project):  # noqa: F811
     left.terminate()
     asked = time.monotonic()
     out, err = finish(left, status=143)
-    assert time.monotonic() - asked < 20 and "Traceback" not in err
+    assert time.monotonic() - asked < 20
+    assert "Traceback" not in err
     step = reached(project / "runs/left")
-    assert (
-        10 < step < 40 and f"stopped at step {step} of 40; go on with --resume" in out
-    )
+    assert 10 < step < 40
+    assert f"stopped at step {step} of 40; go on with --resume" in out
     assert [path.name for path in (project / "runs/left/checkpoints").iterdir()] == [
         str(step)
     ]
@@ -258,7 +257,7 @@ def test_a_folder_has_one_writer_until_it_is_killed(begin, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, changes",
+    ("field", "changes"),
     [
         ("seed", {"seed": 1}),
         ("batch", {"batch": 8}),
@@ -280,9 +279,8 @@ def test_a_run_is_resumed_as_what_it_was(tmp_path, field, changes):
     other = data._replace(identity="other") if field == "text" else data
     with pytest.raises(bigs.UserError, match=f"^{field}: .* began with"):
         bigs.pretrain(config, replace(RECIPE, **changes), other, tmp_path, True)
-    assert (tmp_path / "run.json").read_bytes() == before and not (
-        tmp_path / "log.jsonl"
-    ).exists()
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_what_changes_no_number_may_change(begin, whole, half):
@@ -309,7 +307,8 @@ def test_a_half_written_checkpoint_is_not_taken(begin, whole, half):
     assert records(half, "heldout") == records(
         whole, "heldout"
     )  # it went through all steps
-    assert not unfinished.exists() and not cut.exists()
+    assert not unfinished.exists()
+    assert not cut.exists()
 
 
 def test_a_damaged_checkpoint_is_named(begin, whole, half):
@@ -318,8 +317,8 @@ def test_a_damaged_checkpoint_is_named(begin, whole, half):
     _, err = finish(begin(half, LONG), status=1)
     assert (
         f"error: {half / 'checkpoints' / '12'}: this checkpoint cannot be read" in err
-        and "delete that" in err
     )
+    assert "delete that" in err
     shutil.rmtree(half / "checkpoints" / "12")
     finish(begin(half, LONG))
     assert_same_run(half, whole, LONG)
@@ -338,7 +337,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(begin, tmp_path, steps):
     assert str(tmp_path) in message and "step 15 could not be written" in message, err[
         -3000:
     ]
-    assert "too large" in message and "step 10" in message
+    assert "too large" in message
+    assert "step 10" in message
     finish(begin(tmp_path, recipe))
     assert [r["step"] for r in records(tmp_path, "loss")] == list(
         range(5, steps + 1, 5)
@@ -369,7 +369,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "after, named", [(6, "step 7;"), (5, "step 6;"), (4, "step 5;")]
+    ("after", "named"), [(6, "step 7;"), (5, "step 6;"), (4, "step 5;")]
 )
 def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, after, named):
     """Parameters turn into NaN after a step, also after one whose state is saved."""
@@ -395,9 +395,8 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, after, named)
         bigs.pretrain(SMALL, replace(RECIPE, **recipe), dataset(), tmp_path)
     assert str(tmp_path) in str(raised.value)
     state = last_state(tmp_path, recipe)
-    assert int(state.step) == {6: 5, 5: 0, 4: 3}[after] and all(
-        np.isfinite(x).all() for x in leaves(state)
-    )
+    assert int(state.step) == {6: 5, 5: 0, 4: 3}[after]
+    assert all(np.isfinite(x).all() for x in leaves(state))
 
 
 def together(begin, output, recipe, **plan):
@@ -424,7 +423,8 @@ def assert_same_curve(a, b):
         np.testing.assert_allclose(list(x.values()), list(y.values()), rtol=1e-5)
     models = [leaves(bigs.from_pretrained(output)) for output in (a, b)]
     for x, y in zip(*models, strict=True):  # as in test_one_device_equals_eight
-        assert np.abs(x - y).max() < 1e-3 and np.median(np.abs(x - y)) < 1e-6
+        assert np.abs(x - y).max() < 1e-3
+        assert np.median(np.abs(x - y)) < 1e-6
 
 
 def test_eight_devices_that_split_the_model_train_the_same_curve(
@@ -453,11 +453,9 @@ def test_two_processes_leave_together_if_one_is_asked(begin, tmp_path, index):
     pair[index].terminate()
     out, _ = finish(*pair, seconds=60)
     step = reached(tmp_path)
-    assert (
-        10 < step < 100
-        and out.split()[-1] == str(step)
-        and int(last_state(tmp_path, recipe).step) == step
-    )
+    assert 10 < step < 100
+    assert out.split()[-1] == str(step)
+    assert int(last_state(tmp_path, recipe).step) == step
 
 
 def test_an_unfinished_run_can_be_exported(begin, half, tmp_path):

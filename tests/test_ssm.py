@@ -15,7 +15,8 @@ def random_system(seed, N=4):
 
 
 @pytest.mark.parametrize(
-    "rule, method", [(bigs.discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")]
+    ("rule", "method"),
+    [(bigs.discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")],
 )
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dt", [0.01, 0.3])
@@ -96,7 +97,8 @@ def test_step_sizes_are_log_uniform_between_a_hundredth_and_one():
     steps = np.array(
         [bigs.SSM(1, "lin", bigs.nnx.Rngs(seed)).log_step[0] for seed in range(200)]
     )
-    assert np.log(0.01) <= steps.min() < -4.2 and -0.4 < steps.max() <= 0
+    assert np.log(0.01) <= steps.min() < -4.2
+    assert -0.4 < steps.max() <= 0
     assert abs(steps.mean() - np.log(0.1)) < 0.3
 
 

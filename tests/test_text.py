@@ -31,9 +31,8 @@ def test_nothing_is_on_both_sides(english):
     )
     assert 0.02 < share < 0.15
     packages = {d.module.split("/")[0] for d in english.train}
-    assert packages == set(bigs.PACKAGES) == set(sorted(bigs.PACKAGES)) and list(
-        bigs.PACKAGES
-    ) == sorted(bigs.PACKAGES)
+    assert packages == set(bigs.PACKAGES) == set(sorted(bigs.PACKAGES))
+    assert list(bigs.PACKAGES) == sorted(bigs.PACKAGES)
 
 
 def test_gathering_takes_at_most_twenty_seconds_and_repeats_itself(english):
@@ -60,18 +59,15 @@ def test_packing_keeps_every_token():
     texts = ["one two three four"] * 50
     tokenizer = bigs.train_tokenizer(texts, 60)
     rows = bigs.pack(texts, tokenizer, 16)
-    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (
-        rows[:, -1] == tokenizer.sep_token_id
-    ).all()
+    assert (rows[:, 0] == tokenizer.cls_token_id).all()
+    assert (rows[:, -1] == tokenizer.sep_token_id).all()
     stream = rows[:, 1:-1].ravel()
     ids = [
         *tokenizer("one two three four", add_special_tokens=False)["input_ids"],
         tokenizer.sep_token_id,
     ]
-    assert (
-        stream.tolist() == (ids * 50)[: len(stream)]
-        and len(stream) > len(ids) * 50 - 14
-    )
+    assert stream.tolist() == (ids * 50)[: len(stream)]
+    assert len(stream) > len(ids) * 50 - 14
 
 
 def test_pairs_are_balanced_and_honest(english):
@@ -92,6 +88,9 @@ def test_overlap_baseline_can_be_beaten_and_beats_chance(english):
 
 def test_the_demonstrations_data(english):
     data, (train, test) = bigs.tiny_dataset(), bigs.pair_task()
-    assert data.train.vocab_size == 8192 and data.train.tokens.shape[1] == 128
-    assert len(data.train.tokens) > 3000 and len(data.heldout) >= 3
-    assert len(train) > 9000 and len(test) > 900
+    assert data.train.vocab_size == 8192
+    assert data.train.tokens.shape[1] == 128
+    assert len(data.train.tokens) > 3000
+    assert len(data.heldout) >= 3
+    assert len(train) > 9000
+    assert len(test) > 900

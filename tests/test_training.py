@@ -59,9 +59,8 @@ def test_masking_statistics():
     asked = batch.labels > 0
     original = np.take_along_axis(rows.tokens, batch.positions, 1)
     shown = np.take_along_axis(batch.input_ids, batch.positions, 1)
-    assert (
-        batch.positions.shape == (2000, 19) and asked.sum(1).max() == 19
-    )  # 15 % of 128
+    assert batch.positions.shape == (2000, 19)
+    assert asked.sum(1).max() == 19
     assert np.array_equal(batch.labels[asked], original[asked])
     n = asked.sum()
     masked, kept = (shown == 4)[asked].mean(), (shown == original)[asked].mean()
@@ -80,7 +79,8 @@ def test_masking_statistics():
     counts = np.bincount(batch.positions[asked], minlength=128)
     assert counts[[0, 40, 127]].sum() == 0
     inner = np.delete(counts, [0, 40, 127])
-    assert inner.min() > 0.7 * inner.mean() and inner.max() < 1.3 * inner.mean()
+    assert inner.min() > 0.7 * inner.mean()
+    assert inner.max() < 1.3 * inner.mean()
 
 
 def test_every_row_is_seen_once_an_epoch_and_orders_differ():
@@ -91,7 +91,8 @@ def test_every_row_is_seen_once_an_epoch_and_orders_differ():
         for step in range(8)
     ]
     first, second = sum(seen[:4], []), sum(seen[4:], [])
-    assert sorted(first) == sorted(second) == list(range(100, 116)) and first != second
+    assert sorted(first) == sorted(second) == list(range(100, 116))
+    assert first != second
 
 
 def test_batches_may_cross_epochs():
@@ -152,7 +153,8 @@ def test_a_batch_is_learned_by_heart():
     for _ in range(150):
         state, loss = step(state, batch)
         first = first or float(loss)
-    assert first > 5 and float(loss) < 0.1
+    assert first > 5
+    assert float(loss) < 0.1
 
 
 def leaves(state):
@@ -286,16 +288,17 @@ def test_recipes_are_those_of_the_paper():
         for name in ("documented", "short", "medium", "full", "longer")
     }
     rows = 1048 * 128
-    assert (
-        tokens["documented"] == 13_414_400_000 and tokens["longer"] == 10_000 * 53_248
-    )
+    assert tokens["documented"] == 13_414_400_000
+    assert tokens["longer"] == 10_000 * 53_248
     for name, wanted in (("short", 11e9), ("medium", 29e9), ("full", 97e9)):
-        assert abs(tokens[name] - wanted) <= rows / 2 and tokens[name] % rows == 0
+        assert abs(tokens[name] - wanted) <= rows / 2
+        assert tokens[name] % rows == 0
     published, annotated = (
         replace(RECIPE, **bigs.GROUPS[name]) for name in ("published", "annotated")
     )
     assert (published.ssm_rate, published.ssm_decay) == (1.0, True)
-    assert annotated.ssm_rate > 1 and not annotated.ssm_decay
+    assert annotated.ssm_rate > 1
+    assert not annotated.ssm_decay
 
 
 def test_accumulating_equals_the_large_batch():
@@ -347,7 +350,8 @@ def test_the_log_tells_speed_and_share(tmp_path):
     lines = [
         json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
-    assert lines == history and [r["step"] for r in lines if "loss" in r] == [
+    assert lines == history
+    assert [r["step"] for r in lines if "loss" in r] == [
         4,
         5,
         8,
@@ -410,10 +414,8 @@ def test_the_published_way_gives_the_same_loss():
     found = bigs.factor_speeds(
         replace(SMALL, num_hidden_layers=1), replace(RECIPE, batch=2), repeats=2
     )
-    assert (
-        len(found) == 2 + 2 * len(bigs.WAYS)
-        and found["the published way"]["speed"] == 1
-    )
+    assert len(found) == 2 + 2 * len(bigs.WAYS)
+    assert found["the published way"]["speed"] == 1
     for step in found.values():
         assert step["loss"] == pytest.approx(found["ours"]["loss"], rel=1e-4)
         assert step["seconds"] > 0
@@ -428,10 +430,10 @@ def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
             tmp_path / f"seed{seed}",
         )
     bigs.command_figures((tmp_path / "seed0", tmp_path / "seed1"), output=tmp_path)
-    assert (
-        tmp_path / "losses.png"
-    ).stat().st_size > 5000 and "seed1" in capsys.readouterr().out
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    assert "seed1" in capsys.readouterr().out
     curves = bigs.compare_runs((tmp_path / "seed0", tmp_path / "seed1"))().axes[0].lines
-    assert len(curves) == 4 and curves[0].get_xdata()[-1] == 4 * 4 * 32 / 1e6
+    assert len(curves) == 4
+    assert curves[0].get_xdata()[-1] == 4 * 4 * 32 / 1e6
     with pytest.raises(bigs.UserError, match="holds no run"):
         bigs.command_figures((tmp_path,))
