@@ -67,7 +67,8 @@ class Document:
 
 def read(text: str, root: Path) -> Document:
     """Cut a py:percent script into cells, each with its room."""
-    room, cells = -1, []
+    room = -1
+    cells = []
     markers = [
         n for n, line in enumerate(text.splitlines(), 1) if line.startswith("# %%")
     ]
@@ -123,7 +124,8 @@ def headings_of(markdown: str, level: int | None = None) -> list[tuple[int, str]
 
 def slugs(document: Document) -> set[str]:
     """The anchors that GitHub gives the headings; a repeated one counts on: -1, -2."""
-    found, seen = set(), {}
+    found = set()
+    seen = {}
     for cell in document.prose:
         for _, title in headings_of(cell.source):
             text = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", title).lower()
@@ -344,7 +346,8 @@ def check_doctests(document: Document, least: int = 60) -> list[str]:
 
 def check_imports(document: Document) -> list[str]:
     """No star imports, no private modules, no private names of a library."""
-    complaints, modules = [], set()
+    complaints = []
+    modules = set()
     for cell in document.code:
         for node in ast.walk(cell.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -466,7 +469,8 @@ def check_markup(document: Document) -> list[str]:
 
 def check_links(document: Document) -> list[str]:
     """Relative links lead to files, anchors to headings; addresses are well formed."""
-    anchors, complaints = slugs(document), []
+    anchors = slugs(document)
+    complaints = []
     for cell in document.prose:
         for _, _, target, _ in links(cell.source):
             if target.startswith("#"):
@@ -499,7 +503,8 @@ def check_figures(document: Document, least: int = 30) -> list[str]:
     """Figures say to who cannot see them what they show, have a caption, and lie in
     figures/.
     """
-    complaints, names = [], []
+    complaints = []
+    names = []
     for where, function, literal in figures(document):
         if len(literal.get("alt", "")) < least:
             complaints.append(f"{where}: {function} has no alt text worth the name")
@@ -576,7 +581,9 @@ def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
     """Names inside the document's definitions: (variables, attributes, strings of
     code).
     """
-    variables, attributes, strings = set(), set(), set()
+    variables = set()
+    attributes = set()
+    strings = set()
     for cell in document.code:
         docs = {text for _, text in docstrings(cell.tree)}
         for node in ast.walk(cell.tree):

@@ -69,7 +69,8 @@ def test_the_kept_kernels_are_those_of_the_model(model):
             kept, bigs.kernels_of(own), atol=1e-5 * np.abs(kept).max()
         )
     assert found["finetuned"].shape == found["start"].shape == (6, 2, 128)
-    checkpoints, N = len(found["tokens"]), bigs.boxed.num_ssm
+    checkpoints = len(found["tokens"])
+    N = bigs.boxed.num_ssm
     assert found["step_sizes"].shape == (checkpoints, 6, 2)
     assert found["poles"].shape == (checkpoints, 6, 2, N)
     assert found["tokens"][0] == 0
@@ -96,7 +97,8 @@ def test_its_training_was_the_recipe_and_went_down():
 
 def test_card_and_readme_say_what_was_measured():
     """Every number with three decimals is a measured loss, or what silence costs."""
-    losses, run = bigs.boxed_reading()["losses"], bigs.boxed_training()
+    losses = bigs.boxed_reading()["losses"]
+    run = bigs.boxed_training()
     values = [record["heldout"] for record in run["history"] if "heldout" in record]
     wiki = losses["enwiki-valid.jsonl.xz"]
     values += [wiki[kind] - wiki["nothing"] for kind in ("local", "long")]

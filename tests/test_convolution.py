@@ -60,7 +60,8 @@ def trained(N, scaling, seed):
     """As after training: fades from 5 to 1e-4, frequencies moved, any C and D, steps
     from 1e-3 to 1.
     """
-    p, rng = fresh(N, scaling, seed), np.random.default_rng(seed)
+    p = fresh(N, scaling, seed)
+    rng = np.random.default_rng(seed)
     p |= {
         "A_re": -np.exp(rng.uniform(np.log(1.01e-4), np.log(5), N)),
         "A_im": p["A_im"] * (1 + 0.2 * rng.normal(size=N)),
@@ -92,7 +93,8 @@ def rounded(s):
 
 
 def exact_kernel(s, L, z):
-    A, C = np.asarray(s.A, complex), np.asarray(s.C, complex)
+    A = np.asarray(s.A, complex)
+    C = np.asarray(s.C, complex)
     return ((C * np.expm1(z) / A) @ np.exp(z[:, None] * np.arange(L))).real
 
 
@@ -100,26 +102,25 @@ def exact(u, w, s, past, z=None):
     """y = K * u + D u in float64, and the gradients of sum(w y) with respect to u and
     all parameters.
     """
-    A, C, dt, D = (
-        np.asarray(s.A, complex),
-        np.asarray(s.C, complex),
-        float(s.dt),
-        float(s.D),
-    )
+    A = np.asarray(s.A, complex)
+    C = np.asarray(s.C, complex)
+    dt = float(s.dt)
+    D = float(s.D)
     z = dt * A if z is None else z
     turn = 1 if past else -1
-    u, w = np.asarray(u, float)[::turn], np.asarray(w, float)[::turn]
-    L, write = len(u), np.expm1(z) / A
+    u = np.asarray(u, float)[::turn]
+    w = np.asarray(w, float)[::turn]
+    L = len(u)
+    write = np.expm1(z) / A
     fades = np.exp(z[:, None] * np.arange(L))
     K = ((C * write) @ fades).real[:, None]
     slide = lambda x: scipy.signal.fftconvolve(x, K, axes=0)[:L] + D * x  # noqa: E731
     by_lag = scipy.signal.fftconvolve(w, u[::-1], axes=0)[L - 1 :].sum(
         1
     )  # of the loss by K_l
-    faded, aged = (
-        fades @ by_lag,
-        fades @ (np.arange(L) * by_lag),
-    )  # sum_l g_l e^(l z), sum_l l g_l e^(l z)
+    # sum_l g_l e^(l z), sum_l l g_l e^(l z)
+    faded = fades @ by_lag
+    aged = fades @ (np.arange(L) * by_lag)
     by_A = C * ((dt * np.exp(z) - write) / A * faded + write * dt * aged)
     by_C = write * faded
     by_dt = (C * (np.exp(z) * faded + write * A * aged)).sum().real
@@ -143,16 +144,15 @@ def one_by_one(past):
         kind = jnp.finfo(u.dtype)
         cut = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)  # noqa: E731
         both = lambda x: cut(x.real) + 1j * cut(x.imag)  # noqa: E731
-        A_bar, B_bar = jnp.exp(s.dt * s.A), both(jnp.expm1(s.dt * s.A) / s.A)
+        A_bar = jnp.exp(s.dt * s.A)
+        B_bar = both(jnp.expm1(s.dt * s.A) / s.A)
 
         def step(x, u):
             x = A_bar[:, None] * x + B_bar[:, None] * u
             return x, (both(s.C)[:, None] * both(x)).sum(0).real + cut(s.D) * u
 
-        empty, wide = (
-            jnp.zeros((len(s.A), u.shape[1]), jnp.complex64),
-            u.astype(jnp.float32),
-        )
+        empty = jnp.zeros((len(s.A), u.shape[1]), jnp.complex64)
+        wide = u.astype(jnp.float32)
         return jax.lax.scan(step, empty, wide, reverse=not past)[1].astype(u.dtype)
 
     return run
@@ -216,11 +216,9 @@ def check(p, L, block, past, dtype, only=None, seed=0, channels=2):
     rng = np.random.default_rng(seed)
     u, w = (jnp.asarray(rng.normal(size=(L, channels)), dtype) for _ in range(2))
     truth = lambda q: exact(u, w, system(q), past, rounded(system(q)))  # noqa: E731
-    true, naive, wide = (
-        truth(p),
-        differentiated(one_by_one(past)),
-        jnp.asarray(w, jnp.float32),
-    )
+    true = truth(p)
+    naive = differentiated(one_by_one(past))
+    wide = jnp.asarray(w, jnp.float32)
     earned = [furthest(naive(u, wide, q), truth(q)) for q in neighbours(p)]
     if L <= 4096:
         K = exact_kernel(system(p), L, rounded(system(p))) + p["D"][0] * np.eye(1, L)[0]
@@ -251,7 +249,8 @@ def sample(lengths, seed, rounds=1):
     """Blocks, systems, directions and precisions dealt to the lengths so that each
     comes up about equally often.
     """
-    rng, lengths = np.random.default_rng(seed), np.repeat(lengths, rounds).tolist()
+    rng = np.random.default_rng(seed)
+    lengths = np.repeat(lengths, rounds).tolist()
 
     def deal(*options):
         return (
@@ -296,16 +295,16 @@ def test_value_and_gradients_further(L, block, N, scaling, make, past, dtype):
     [(1, "lin", fresh), (57, "inv", trained), (300, "hippo", trained)],
 )
 def test_the_oracle_is_scipys_discretization_and_a_recurrence(L, scaling, make, past):
-    s, rng = system(make(16, scaling, 3)), np.random.default_rng(3)
-    A, C, u = (
-        np.asarray(s.A, complex),
-        np.asarray(s.C, complex),
-        rng.normal(size=(L, 2)),
-    )
+    s = system(make(16, scaling, 3))
+    rng = np.random.default_rng(3)
+    A = np.asarray(s.A, complex)
+    C = np.asarray(s.C, complex)
+    u = rng.normal(size=(L, 2))
     A_bar, B_bar, *_ = scipy.signal.cont2discrete(
         (np.diag(A), np.ones((16, 1)), C[None], 0), float(s.dt), "zoh"
     )
-    x, y = np.zeros((16, 2), complex), np.zeros((L, 2))
+    x = np.zeros((16, 2), complex)
+    y = np.zeros((L, 2))
     for i in range(L) if past else reversed(range(L)):
         x = A_bar @ x + B_bar * u[i]
         y[i] = (C @ x).real + float(s.D) * u[i]
@@ -316,14 +315,17 @@ def test_the_oracle_is_scipys_discretization_and_a_recurrence(L, scaling, make, 
 
 @pytest.mark.parametrize("past", [True, False])
 def test_the_oracles_gradients_are_difference_quotients(past):
-    N, h, rng = 3, 1e-6, np.random.default_rng(4)
+    N = 3
+    h = 1e-6
+    rng = np.random.default_rng(4)
     u, w = rng.normal(size=(2, 20, 2))
     p = {name: x.astype(float) for name, x in trained(N, "lin", 4).items()} | {
         "A_re": -rng.random(N)
     }
 
     def run(u, p):
-        A, C = p["A_re"] + 1j * p["A_im"], p["C"][:, 0] + 1j * p["C"][:, 1]
+        A = p["A_re"] + 1j * p["A_im"]
+        C = p["C"][:, 0] + 1j * p["C"][:, 1]
         return exact(
             u,
             w,
@@ -331,7 +333,9 @@ def test_the_oracles_gradients_are_difference_quotients(past):
             past,
         )
 
-    loss, found = lambda u, p: (w * run(u, p)["y"]).sum(), run(u, p)  # noqa: E731
+    # noqa: E731
+    loss = lambda u, p: (w * run(u, p)["y"]).sum()
+    found = run(u, p)
     for name in NAMES:
         for place in np.ndindex(p[name].shape):
             nudge = np.zeros(p[name].shape)
@@ -380,17 +384,16 @@ def test_many_blocks_and_few(block, past):
 @pytest.mark.parametrize("past", [True, False])
 @pytest.mark.parametrize("blocks", [1, 5, 64, 65, 100])
 def test_states_are_carried_from_block_to_block(blocks, past):
-    rng, N = np.random.default_rng(blocks), 3
-    written, rate = (
-        rng.normal(size=(2, blocks, 2 * N, 4)).astype(np.float32),
-        np.array([-0.2 + 3j, -1 - 2j, -0.01]),
-    )
-    w, h, state = written[..., :N, :] + 1j * written[..., N:, :], [None] * blocks, 0
+    rng = np.random.default_rng(blocks)
+    N = 3
+    written = rng.normal(size=(2, blocks, 2 * N, 4)).astype(np.float32)
+    rate = np.array([-0.2 + 3j, -1 - 2j, -0.01])
+    w = written[..., :N, :] + 1j * written[..., N:, :]
+    h = [None] * blocks
+    state = 0
     for c in range(blocks) if past else reversed(range(blocks)):
-        h[c], state = (
-            state + np.zeros((2, N, 4)),
-            np.exp(rate)[:, None] * state + w[:, c],
-        )
+        h[c] = state + np.zeros((2, N, 4))
+        state = np.exp(rate)[:, None] * state + w[:, c]
     h = np.stack(h, 1)
     found = bigs.carry_states(written, rate.astype(np.complex64), past)
     np.testing.assert_allclose(
@@ -423,9 +426,13 @@ def test_unwinding_saves_the_phase():
     """exp(l dt A) as float32 takes it loses digits with every turn; less the whole
     turns, it keeps them.
     """
-    L, s = 32768, evenly_heard(64, 0.1)
-    z, A, C = rounded(s), np.asarray(s.A), np.asarray(s.C)
-    K, impulse = exact_kernel(s, L, z), jnp.eye(L, 1)
+    L = 32768
+    s = evenly_heard(64, 0.1)
+    z = rounded(s)
+    A = np.asarray(s.A)
+    C = np.asarray(s.C)
+    K = exact_kernel(s, L, z)
+    impulse = jnp.eye(L, 1)
     off = lambda x: np.abs(np.asarray(x, float) - K).max()  # noqa: E731
     phases = z.astype(np.complex64)[:, None] * np.arange(L, dtype=np.float32)
     naive = off(((C * np.expm1(z) / A) @ np.exp(phases)).real)
@@ -449,7 +456,8 @@ def operations_a_channel(way, L, d=64):
     """
 
     def count(d):
-        u, s = jax.ShapeDtypeStruct((L, d), np.float32), system(fresh(64, "lin", 0))
+        u = jax.ShapeDtypeStruct((L, d), np.float32)
+        s = system(fresh(64, "lin", 0))
         counted = jax.jit(way).lower(u, s).compile().cost_analysis()
         return (counted[0] if isinstance(counted, list) else counted)["flops"]
 
@@ -484,7 +492,8 @@ def test_operations_of_the_matrix_are_the_compilers(L):
 @pytest.mark.parametrize("way", ["direct", "toeplitz", "fft", "blocks"])
 @pytest.mark.parametrize("past", [True, False])
 def test_jacobian_is_the_triangle(way, past):
-    p, L = trained(4, "lin", 2), 24
+    p = trained(4, "lin", 2)
+    L = 24
     run = ways(L, 7, past)[way]
     J = np.asarray(
         jax.jit(jax.jacobian(lambda x: run(x[:, None], system(p))[:, 0]))(jnp.zeros(L))
@@ -504,14 +513,10 @@ def test_jacobian_is_the_triangle(way, past):
 
 @pytest.mark.parametrize("way", ["direct", "toeplitz", "fft", "blocks"])
 def test_reading_backward_is_reading_the_reversed_text(way):
-    s, u = (
-        system(trained(16, "inv", 5)),
-        np.random.default_rng(5).normal(size=(101, 3)).astype(np.float32),
-    )
-    backward, forward = (
-        jax.jit(ways(101, 16, False)[way])(u, s),
-        jax.jit(ways(101, 16, True)[way])(u[::-1], s)[::-1],
-    )
+    s = system(trained(16, "inv", 5))
+    u = np.random.default_rng(5).normal(size=(101, 3)).astype(np.float32)
+    backward = jax.jit(ways(101, 16, False)[way])(u, s)
+    forward = jax.jit(ways(101, 16, True)[way])(u[::-1], s)[::-1]
     np.testing.assert_allclose(
         backward, forward, rtol=0, atol=2e-6 * np.abs(forward).max()
     )
@@ -537,10 +542,8 @@ def test_blocks_off_the_diagonal_have_low_rank(make, rank):
     [("direct", 0), ("toeplitz", 0), ("fft", 0), ("blocks", 16), ("blocks", 1)],
 )
 def test_a_batch_is_its_sentences(way, block, past):
-    s, u = (
-        system(fresh(8, "hippo", 6)),
-        np.random.default_rng(6).normal(size=(2, 3, 70, 2)).astype(np.float32),
-    )
+    s = system(fresh(8, "hippo", 6))
+    u = np.random.default_rng(6).normal(size=(2, 3, 70, 2)).astype(np.float32)
     run = jax.jit(ways(70, block, past)[way])
     together = run(u, s)
     assert together.shape == u.shape
@@ -553,10 +556,8 @@ def test_a_batch_is_its_sentences(way, block, past):
 
 @pytest.mark.parametrize(("L", "way"), [(512, "toeplitz"), (513, "blocks")])
 def test_length_decides(L, way):
-    s, u = (
-        system(fresh(4, "lin", 8)),
-        np.random.default_rng(8).normal(size=(L, 1)).astype(np.float32),
-    )
+    s = system(fresh(4, "lin", 8))
+    u = np.random.default_rng(8).normal(size=(L, 1)).astype(np.float32)
     for past in (True, False):
         np.testing.assert_array_equal(
             bigs.convolve(u, s, past), bigs.convolve(u, s, past, way)
@@ -567,6 +568,7 @@ def test_length_decides(L, way):
 
 
 def test_unknown_algorithm():
-    s, u = system(fresh(4, "lin", 8)), np.zeros((4, 1), np.float32)
+    s = system(fresh(4, "lin", 8))
+    u = np.zeros((4, 1), np.float32)
     with pytest.raises(bigs.UserError, match="convolution: 'magic'"):
         bigs.convolve(u, s, True, "magic")

@@ -162,7 +162,8 @@ def test_a_file(tmp_path, tokenizer, suffix):
 
 
 def test_folders_and_several_sources(tmp_path, tokenizer):
-    folder, other = str(tmp_path / "texts"), write(tmp_path / "other.txt", OTHERS)
+    folder = str(tmp_path / "texts")
+    other = write(tmp_path / "other.txt", OTHERS)
     for name, texts in zip(["b.jsonl.xz", "c/a.txt.zst", "d.md"], THIRDS, strict=True):
         write(Path(folder, name), texts)
     Path(folder, "e.png").write_bytes(b"\0")
@@ -171,10 +172,8 @@ def test_folders_and_several_sources(tmp_path, tokenizer):
     for _ in range(2):
         check(bigs.prepare([folder, other], tokenizer, L), [*THIRDS, OTHERS], tokenizer)
     check(bigs.prepare([folder], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
-    data, rows = (
-        bigs.prepare([folder], tokenizer, L, heldout=[other]),
-        row_list(OTHERS, tokenizer),
-    )
+    data = bigs.prepare([folder], tokenizer, L, heldout=[other])
+    rows = row_list(OTHERS, tokenizer)
     assert data.train.tokens[:].tolist() == [
         row for texts in THIRDS for row in row_list(texts, tokenizer)
     ]
@@ -192,11 +191,11 @@ def test_blocks_and_lines_do_not_show_in_the_rows(tokenizer):
 
 
 def test_a_few_broken_lines_are_counted_and_skipped(tmp_path, capsys):
-    lines, file = (
-        [json.dumps({"text": text}) for text in TEXTS[:300]],
-        tmp_path / "a.jsonl",
-    )
-    lines[6], lines[99], lines[199] = "{", '{"words": "a"}', '{"text": 3}'
+    lines = [json.dumps({"text": text}) for text in TEXTS[:300]]
+    file = tmp_path / "a.jsonl"
+    lines[6] = "{"
+    lines[99] = '{"words": "a"}'
+    lines[199] = '{"text": 3}'
     file.write_text(
         "\n".join(lines), "utf-8-sig"
     )  # the mark at its beginning is no text
@@ -309,7 +308,9 @@ def test_nothing_to_read(tmp_path, tokenizer, monkeypatch, name, message):
 @pytest.fixture
 def reader(monkeypatch):
     """Which files are read, and what is raised after the fiftieth text of some."""
-    read, calls, ends = bigs.read_documents, [], {}
+    read = bigs.read_documents
+    calls = []
+    ends = {}
 
     def reading(file):
         calls.append(file.stem)
@@ -354,7 +355,9 @@ def test_only_what_changed_is_read_again(tmp_path, tokenizer, reader):
         write(tmp_path / f"{name}.txt", texts)
         for name, texts in zip("abc", THIRDS, strict=True)
     ]
-    identities, before, calls = [], os.stat(files[1]), reader[0]
+    identities = []
+    before = os.stat(files[1])
+    calls = reader[0]
 
     def reads(wanted, tokenizer=tokenizer, L=L):
         calls.clear()
@@ -422,13 +425,12 @@ def test_shards_come_back_as_they_are(tmp_path, tokenizer):
         tokenizer,
         128,
     )
-    names, cuts = (
-        ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask"),
-        (
-            127,
-            68,
-        ),
-    )  # 1 in 64 held out
+    # 1 in 64 held out
+    names = ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask")
+    cuts = (
+        127,
+        68,
+    )
     batch = bigs.batch_at(data.train, 195, 3, 0)
     for found, part, order in (
         (batch, lambda cut: slice(cut), bigs.epoch_order(195, 3, 0)),
@@ -455,7 +457,8 @@ def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
         0,
         0,
     )
-    random, ids = np.random.default_rng(0), batch.input_ids
+    random = np.random.default_rng(0)
+    ids = batch.input_ids
     model = bigs.BiGS(
         replace(
             bigs.tiny,
@@ -518,10 +521,8 @@ def test_bad_shards_are_named(tmp_path, tokenizer, change, message):
 
 
 def test_shards_are_no_texts(tmp_path, tokenizer):
-    shard, text = (
-        write_shard(tmp_path / "a.hdf5", shard_fields()),
-        write(tmp_path / "a.txt", TEXTS),
-    )
+    shard = write_shard(tmp_path / "a.hdf5", shard_fields())
+    text = write(tmp_path / "a.txt", TEXTS)
     (tmp_path / "b.h5").write_bytes(b"nothing")
     refused(
         "b.h5: no HDF5 file", bigs.prepare, [str(tmp_path / "b.h5")], tokenizer, 128
@@ -569,7 +570,8 @@ def test_the_hub_is_streamed_once(tokenizer, hub, monkeypatch):
     hub["failing"] = 2
     refused("shard 2.*gone", bigs.prepare, [name], tokenizer, L)
     refused("shard 2.*gone", bigs.trained_vocabulary, [name], 300)
-    hub["failing"], hub["read"][:] = None, hub["read"][:3]
+    hub["failing"] = None
+    hub["read"][:] = hub["read"][:3]
     for _ in range(2):
         check(bigs.prepare([name], tokenizer, L), THIRDS, tokenizer)
         assert hub["read"] == [0, 1, 2, 2]  # what had arrived is not fetched again
@@ -651,7 +653,9 @@ def test_masks_take_turns(stored, masks):
 
 
 def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
-    rows, original, shown = stored._replace(vocab_size=60), [], []
+    rows = stored._replace(vocab_size=60)
+    original = []
+    shown = []
     for step in range(40):
         batch = bigs.batch_at(rows, len(rows.tokens), 0, step)
         assert batch.labels.shape[1] == 5
@@ -660,10 +664,12 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
             np.take_along_axis(np.array(restored(batch)), batch.positions, 1).ravel()
         )
         shown.append(np.take_along_axis(batch.input_ids, batch.positions, 1).ravel())
-    original, shown = np.concatenate(original), np.concatenate(shown)
+    original = np.concatenate(original)
+    shown = np.concatenate(shown)
     assert not np.isin(original, rows.special_ids).any()
     counts = np.bincount(shown[(shown != original) & (shown != rows.mask_id)])
-    expected, others = len(shown) * 0.1 / 60, np.delete(counts, rows.mask_id)
+    expected = len(shown) * 0.1 / 60
+    others = np.delete(counts, rows.mask_id)
     assert len(counts) == 60
     assert 0.5 * expected < others.min()
     assert others.max() < 1.5 * expected
@@ -671,7 +677,8 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
 
 
 def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
-    source, train = [write(tmp_path / "a.txt", TEXTS)], bigs.train_tokenizer
+    source = [write(tmp_path / "a.txt", TEXTS)]
+    train = bigs.train_tokenizer
     first = bigs.trained_vocabulary(source, 300)
     assert (
         first.get_vocab()

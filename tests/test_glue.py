@@ -47,10 +47,8 @@ METRICS = {
     "cola": (matthews_corrcoef,),
     "stsb": (lambda *ab: spearmanr(*ab)[0], lambda *ab: pearsonr(*ab)[0]),
 }
-HEAD, ROW = (
-    b"index\tsentence1\tsentence2\tlabel\n",
-    b"0\tIt rains.\tIt is wet.\tentailment\n",
-)
+HEAD = b"index\tsentence1\tsentence2\tlabel\n"
+ROW = b"0\tIt rains.\tIt is wet.\tentailment\n"
 COLUMNS = {
     "mnli": (
         "index promptID pairID genre parse1 parse2 sentence1 sentence2 label1"
@@ -89,7 +87,8 @@ TOY = bigs.encode(
 )
 @pytest.mark.parametrize("name", ROWS)
 def test_official_files_are_read_whole(name, capsys):
-    task, splits = bigs.GLUE[name], bigs.task_texts(name, REAL)
+    task = bigs.GLUE[name]
+    splits = bigs.task_texts(name, REAL)
     assert {split: len(texts) for split, (texts, _) in splits.items()} == ROWS[name]
     for split, (texts, labels) in splits.items():
         assert {len(text) for text in texts} == {len(task.texts)}
@@ -111,17 +110,16 @@ def test_official_files_are_read_whole(name, capsys):
 
 @pytest.mark.parametrize("name", bigs.GLUE)
 def test_measures_are_those_of_the_libraries(name):
-    task, rng = bigs.GLUE[name], np.random.default_rng(1)
+    task = bigs.GLUE[name]
+    rng = np.random.default_rng(1)
     outputs = rng.normal(size=(50, max(1, len(task.labels))))
     labels = (
         rng.integers(0, len(task.labels), 50)
         if task.labels
         else rng.uniform(0, 5, 50).round(1)
     )
-    guess, found = (
-        (outputs.argmax(1) if task.labels else outputs[:, 0]),
-        bigs.task_scores(task, outputs, labels),
-    )
+    guess = outputs.argmax(1) if task.labels else outputs[:, 0]
+    found = bigs.task_scores(task, outputs, labels)
     wanted = [
         measure(labels, guess) for measure in METRICS.get(name, (accuracy_score,))
     ]
@@ -283,19 +281,17 @@ def test_oddities_of_official_files_are_read(
 
 
 def test_the_hub_gives_the_same_in_its_own_columns(monkeypatch):
-    texts, labels = (
-        {
-            "premise": ["Rain.", "Snow."],
-            "hypothesis": ["Wet.", "Hot."],
-            "idx": [0, 1],
-        },
-        {
-            "train": [0, 2],
-            "validation_matched": [1, 2],
-            "test_matched": [-1, -1],
-            "test": [-1, -1],
-        },
-    )
+    texts = {
+        "premise": ["Rain.", "Snow."],
+        "hypothesis": ["Wet.", "Hot."],
+        "idx": [0, 1],
+    }
+    labels = {
+        "train": [0, 2],
+        "validation_matched": [1, 2],
+        "test_matched": [-1, -1],
+        "test": [-1, -1],
+    }
 
     def load_dataset(path, name, split):
         if split not in labels or (path, name) != (
@@ -351,10 +347,8 @@ def loud(model, scale):
 
 
 def test_an_epoch_shows_each_example_once_in_batches_of_like_length():
-    lengths, rng = (
-        np.random.default_rng(0).integers(3, 60, 1003),
-        np.random.default_rng(1),
-    )
+    lengths = np.random.default_rng(0).integers(3, 60, 1003)
+    rng = np.random.default_rng(1)
     epochs = [bigs.grouped(lengths, 8, rng) for _ in range(20)]
     assert all(
         epoch.shape == (125, 8) and np.unique(epoch).size == 1000 for epoch in epochs
@@ -377,12 +371,10 @@ def test_an_epoch_shows_each_example_once_in_batches_of_like_length():
 
 
 def test_padding_is_silent_and_padded_training_the_same(monkeypatch):
-    chosen, cut, lengths, one = (
-        np.arange(7, -1, -1),
-        bigs.cut,
-        [],
-        bigs.Examples(*(a[:8] for a in TOY)),
-    )
+    chosen = np.arange(7, -1, -1)
+    cut = bigs.cut
+    lengths = []
+    one = bigs.Examples(*(a[:8] for a in TOY))
     outputs = [
         loud(classifier(), 0.3)(*cut(TOY, chosen, L))
         for L in (int(one.lengths.max()), 23, 64)
@@ -407,7 +399,8 @@ def test_padding_is_silent_and_padded_training_the_same(monkeypatch):
 
 
 def test_a_step_is_one_of_adamw():
-    ours, theirs = classifier(), classifier()
+    ours = classifier()
+    theirs = classifier()
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: bigs.is_decayed(path, True), ours
     )
@@ -421,7 +414,8 @@ def test_a_step_is_one_of_adamw():
             )
         )
     )
-    moments, state = bigs.ADAM.init(ours), adamw.init(theirs)
+    moments = bigs.ADAM.init(ours)
+    state = adamw.init(theirs)
     for chosen in np.arange(32).reshape(4, 8):
         batch = bigs.cut(TOY, chosen, 16), TOY.labels[chosen]
         ours, moments, found = bigs.tuning_step(
@@ -479,7 +473,9 @@ def test_regression_learns_a_score():
 
 
 def test_the_best_model_is_that_of_the_best_score():
-    script, seen, start = [0.1, 0.9, -0.3, 0.5], [], classifier()
+    script = [0.1, 0.9, -0.3, 0.5]
+    seen = []
+    start = classifier()
 
     def score(model):
         seen.append(jax.tree.map(np.array, model))
@@ -530,11 +526,9 @@ def test_hopeless_settings_are_named():
 
 def official_file(name, split):
     """Forty rows that begin with a word that tells the label."""
-    rng, task, tested = (
-        np.random.default_rng(len(split)),
-        bigs.GLUE[name],
-        split.startswith("test"),
-    )
+    rng = np.random.default_rng(len(split))
+    task = bigs.GLUE[name]
+    tested = split.startswith("test")
     columns = ["index", *task.texts] if tested else COLUMNS[name].split()
     lines = [] if name == "cola" and not tested else ["\t".join(columns)]
     for i, kind in enumerate(rng.permutation(40) % (len(task.labels) or 11)):
@@ -595,7 +589,8 @@ def asked(monkeypatch):
     """Runs asked for; none is trained, but scores, or raises, what is given for its
     variant, seed, rate or task.
     """
-    calls, script = [], {}
+    calls = []
+    script = {}
 
     def tune(name, splits, start, tokenizer, tuning, variant, seed):
         calls.append((name, variant, seed))
@@ -609,10 +604,8 @@ def asked(monkeypatch):
         )
         if isinstance(score, BaseException):
             raise score
-        dev, labels = (
-            {SPLITS[name][1]: dict.fromkeys(bigs.GLUE[name].metrics, score)},
-            len(bigs.GLUE[name].labels),
-        )
+        dev = {SPLITS[name][1]: dict.fromkeys(bigs.GLUE[name].metrics, score)}
+        labels = len(bigs.GLUE[name].labels)
         return {
             "variant": variant,
             "tuning": asdict(tuning),
@@ -656,11 +649,9 @@ def test_tasks_start_where_they_should(made, tmp_path, asked):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_answers_are_those_of_the_saved_model(made, name):
-    task, splits, (_, dev, test) = (
-        bigs.GLUE[name],
-        bigs.task_texts(name, made / "glue"),
-        SPLITS[name],
-    )
+    task = bigs.GLUE[name]
+    splits = bigs.task_texts(name, made / "glue")
+    (_, dev, test) = SPLITS[name]
     model = bigs.from_pretrained(made / "runs" / name)
     outputs = {
         split: bigs.predict(
@@ -688,10 +679,8 @@ def test_answers_are_those_of_the_saved_model(made, name):
 
 
 def test_a_record_tells_the_best_model_from_the_last(made):
-    splits, tuning = (
-        bigs.task_texts("stsb", made / "glue"),
-        bigs.Tuning(learning_rate=0.1, batch=8, epochs=4),
-    )
+    splits = bigs.task_texts("stsb", made / "glue")
+    tuning = bigs.Tuning(learning_rate=0.1, batch=8, epochs=4)
     found, _ = bigs.tune(
         "stsb", splits, bigs.BiGS(CONFIG, seed=3), TOKENIZER, tuning, "pretrained", 0
     )
@@ -703,7 +692,10 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
     made, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(made / "runs", tmp_path, dirs_exist_ok=True)
-    before, tune, calls, times = read(tmp_path), bigs.tune, [], []
+    before = read(tmp_path)
+    tune = bigs.tune
+    calls = []
+    times = []
     monkeypatch.setattr(
         bigs, "tune", lambda *given: calls.append((given[0], given[5])) or tune(*given)
     )

@@ -185,7 +185,8 @@ def test_what_would_be_fetched_is_noticed(tag):
 
 def test_text_alone_can_be_renewed(built):
     """Prose may change without running anything; code may not."""
-    script, target = built / "prose.py", built / "prose.ipynb"
+    script = built / "prose.py"
+    target = built / "prose.ipynb"
     target.write_bytes((built / "one.ipynb").read_bytes())
     script.write_text(SCRIPT.replace("# # The Title", "# # Another Title"))
     load("notebook").build(script, target, timeout=60, text=True)
@@ -212,7 +213,10 @@ class Tags(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.ids, self.targets, self.text, self.path = [], [], [], []
+        self.ids = []
+        self.targets = []
+        self.text = []
+        self.path = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):

@@ -80,10 +80,8 @@ def test_outputs_are_the_authors(name, convolution):
 
 
 def test_kernels_are_the_authors():
-    model, stored = (
-        bigs.from_pretrained(GOLDEN / "mlm"),
-        np.load(GOLDEN / "mlm" / "golden.npz"),
-    )
+    model = bigs.from_pretrained(GOLDEN / "mlm")
+    stored = np.load(GOLDEN / "mlm" / "golden.npz")
     ours = bigs.kernels_of(model)
     for layer in range(3):
         for direction, theirs in enumerate(("fs4", "bs4")):
@@ -100,7 +98,9 @@ def test_the_oracle_can_fail():
     assert np.abs(model(*inputs) - logits).max() > 100 * 1e-5 * logits.std()
 
 
-KERNEL, EXACT, TANH = bigs.ssm_kernel, bigs.gelu_exact, bigs.gelu
+KERNEL = bigs.ssm_kernel
+EXACT = bigs.gelu_exact
+TANH = bigs.gelu
 
 
 def with_D_in_one_direction(u, ssm, past=True, algorithm="auto"):
@@ -145,7 +145,8 @@ def test_what_is_given_without_padding_gets_the_authors_answer(name):
     users to do.
     """
     inputs, logits = golden(name)
-    model, lengths = bigs.from_pretrained(GOLDEN / name), inputs[1].sum(1)
+    model = bigs.from_pretrained(GOLDEN / name)
+    lengths = inputs[1].sum(1)
     assert lengths.min() < 64, "no padding in the golden inputs"
     assert (inputs[0][inputs[1] == 0] == model.config.pad_token_id).all()
     assert not inputs[2][inputs[1] == 0].any()
@@ -166,13 +167,12 @@ def test_what_is_given_without_padding_gets_the_authors_answer(name):
     ],
 )
 def test_padding_that_is_masked_changes_nothing(task):
-    model, most = moved(SMALL, task), 0.0
+    model = moved(SMALL, task)
+    most = 0.0
     alone = model(IDS)
     for length in (13, 20, 32):
-        padded, mask = (
-            np.full((3, length), 7),
-            np.broadcast_to(np.arange(length) < 12, (3, length)),
-        )
+        padded = np.full((3, length), 7)
+        mask = np.broadcast_to(np.arange(length) < 12, (3, length))
         padded[:, :12] = IDS
         for a, b in zip(
             jax.tree.leaves(alone), jax.tree.leaves(model(padded, mask)), strict=True
@@ -236,7 +236,8 @@ def test_what_is_written_is_read_back(tmp_path, task, changes):
 
 def test_written_files_are_the_same(tmp_path):
     bigs.save_pretrained(bigs.from_pretrained(GOLDEN / "mlm"), tmp_path)
-    ours, theirs = flat_tree(tmp_path), flat_tree()
+    ours = flat_tree(tmp_path)
+    theirs = flat_tree()
     assert set(ours) == set(theirs)
     for name, array in theirs.items():
         assert ours[name].dtype == np.float32
@@ -622,7 +623,8 @@ def test_the_published_weights_say_the_published_words():
         ).close()
     except OSError as error:
         pytest.skip(f"the hub cannot be reached, so {name} was NOT checked ({error})")
-    model, tokenizer = bigs.from_pretrained(name), bigs.load_tokenizer(name)
+    model = bigs.from_pretrained(name)
+    tokenizer = bigs.load_tokenizer(name)
     for text, expected in DEMO.items():
         found = bigs.fill_mask(model, tokenizer, text, 10)[0]
         assert [word for word, _ in found] == [word for word, _ in expected]

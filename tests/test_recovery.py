@@ -67,7 +67,8 @@ print("stopped at", run.history[-1]["step"])
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory):
     """Starts one process of a run; what still lives at the end is killed."""
-    compiled, living = str(tmp_path_factory.mktemp("compiled")), []
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+    living = []
 
     def start(output, recipe, devices=1, **plan):
         plan |= {"output": str(output), "recipe": recipe, "compiled": compiled}
@@ -168,7 +169,9 @@ def half(left, tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
-    luck, output, leftovers = random.Random(0), tmp_path / "killed", 0
+    luck = random.Random(0)
+    output = tmp_path / "killed"
+    leftovers = 0
     for kill in range(10):
         process = begin(output, LONG)
         if kill in (0, 4, 7):  # at start-up, from Python's to the first step
@@ -470,7 +473,8 @@ def test_an_unfinished_run_can_be_exported(begin, half, tmp_path):
     going_on.mkdir()
     bigs.command_export(half, tmp_path / "model")
     assert going_on.exists(), "exporting a run destroyed what it was writing"
-    model, state = bigs.from_pretrained(tmp_path / "model"), last_state(half, LONG)
+    model = bigs.from_pretrained(tmp_path / "model")
+    state = last_state(half, LONG)
     assert int(state.step) == 12
     for a, b in zip(leaves(model), leaves(state.model), strict=True):
         assert np.array_equal(a, b)

@@ -62,7 +62,8 @@ def test_what_needs_too_much_memory_is_planned_and_not_run():
 def test_routes_are_what_they_are_called(route):
     """Each program does the layer's own work, and only the route differs."""
     config = bigs.variant(SMALL, route, 32)
-    layer, x = bigs.one_layer(config), jax.random.normal(jax.random.key(1), (32, 2, 32))
+    layer = bigs.one_layer(config)
+    x = jax.random.normal(jax.random.key(1), (32, 2, 32))
     got = bigs.layer_program("layer, forward", config)(layer, x)
     np.testing.assert_allclose(got, layer(x, np.ones((32, 2), bool)), atol=1e-5)
     moved = (
@@ -75,10 +76,8 @@ def test_routes_are_what_they_are_called(route):
 
 def test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device():
     """The branch for CPUs and the one for the rest give the same numbers."""
-    ssm, u = (
-        bigs.SSM(16, "hippo", bigs.nnx.Rngs(0)),
-        jax.random.normal(jax.random.key(0), (300, 3, 4)),
-    )
+    ssm = bigs.SSM(16, "hippo", bigs.nnx.Rngs(0))
+    u = jax.random.normal(jax.random.key(0), (300, 3, 4))
     for algorithm in ("toeplitz", "blocks", "fft"):
         alone = jax.vmap(
             lambda x, a=algorithm: bigs.convolve(x, ssm.diagonal(), False, a), 1, 1
@@ -101,10 +100,8 @@ def compile_seconds(config):
 
 def test_compile_time_does_not_grow_with_layers(monkeypatch):
     monkeypatch.setattr(bigs, "unrolled", lambda layers: False)
-    few, many = (
-        replace(SMALL, num_hidden_layers=2),
-        replace(SMALL, num_hidden_layers=23),
-    )
+    few = replace(SMALL, num_hidden_layers=2)
+    many = replace(SMALL, num_hidden_layers=23)
     compile_seconds(few)  # whatever is prepared once
     ratios = [compile_seconds(many) / compile_seconds(few) for _ in range(3)]
     assert min(ratios) <= 1.5, ratios  # a noisy machine only adds
@@ -112,7 +109,8 @@ def test_compile_time_does_not_grow_with_layers(monkeypatch):
 
 def test_kept_benchmark_bears_out_the_text():
     """The numbers that room 5 and its table rest on, in the committed files."""
-    large, tpu = kept("benchmark.json")["rows"], kept("tpu-v3.json")["rows"]
+    large = kept("benchmark.json")["rows"]
+    tpu = kept("tpu-v3.json")["rows"]
 
     def pick(rows, *key):
         return next(r for r in rows if (r["what"], r["length"], r["route"]) == key)

@@ -53,9 +53,12 @@ def test_sampled_input_is_of_first_order(rule):
 
 def kernel64(ssm, L):
     """Equation (2) as a loop in float64: the answer to an impulse."""
-    A, C, dt = np.asarray(ssm.A, complex), np.asarray(ssm.C, complex), float(ssm.dt)
+    A = np.asarray(ssm.A, complex)
+    C = np.asarray(ssm.C, complex)
+    dt = float(ssm.dt)
     A_bar = np.exp(dt * A)
-    x, K = (A_bar - 1) / A, []
+    x = (A_bar - 1) / A
+    K = []
     for _ in range(L):
         K.append((C * x).sum().real)
         x = A_bar * x
@@ -85,7 +88,8 @@ def test_poles_that_would_grow_are_clipped():
 
 
 def test_hippo_normal_part():
-    A, p = bigs.hippo(16), np.sqrt(np.arange(16) + 0.5)
+    A = bigs.hippo(16)
+    p = np.sqrt(np.arange(16) + 0.5)
     normal = A + np.outer(p, p)
     assert np.allclose(normal @ normal.T, normal.T @ normal)
     found = np.linalg.eigvals(normal)

@@ -79,15 +79,14 @@ def test_pairs_are_balanced_and_honest(english):
 
 
 def test_overlap_baseline_can_be_beaten_and_beats_chance(english):
-    train, test = (
-        bigs.make_pairs(english.train, 0, 2000),
-        bigs.make_pairs(english.heldout, 1, 1000),
-    )
+    train = bigs.make_pairs(english.train, 0, 2000)
+    test = bigs.make_pairs(english.heldout, 1, 1000)
     assert 0.5 < bigs.overlap_baseline(train, test) < 0.95
 
 
 def test_the_demonstrations_data(english):
-    data, (train, test) = bigs.tiny_dataset(), bigs.pair_task()
+    data = bigs.tiny_dataset()
+    (train, test) = bigs.pair_task()
     assert data.train.vocab_size == 8192
     assert data.train.tokens.shape[1] == 128
     assert len(data.train.tokens) > 3000

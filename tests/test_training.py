@@ -31,7 +31,9 @@ RECIPE = bigs.Recipe(
 
 def random_rows(n=64, L=128, V=1000):
     tokens = np.random.default_rng(0).integers(5, V, (n, L))
-    tokens[:, 0], tokens[:, -1], tokens[:, min(40, L - 2)] = 2, 3, 3
+    tokens[:, 0] = 2
+    tokens[:, -1] = 3
+    tokens[:, min(40, L - 2)] = 3
     return bigs.Rows(tokens, V, 4, (0, 2, 3))
 
 
@@ -63,7 +65,8 @@ def test_masking_statistics():
     assert asked.sum(1).max() == 19
     assert np.array_equal(batch.labels[asked], original[asked])
     n = asked.sum()
-    masked, kept = (shown == 4)[asked].mean(), (shown == original)[asked].mean()
+    masked = (shown == 4)[asked].mean()
+    kept = (shown == original)[asked].mean()
     for share, expected in ((masked, 0.8), (kept, 0.1), (1 - masked - kept, 0.1)):
         assert (
             abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / n) + 0.001
@@ -90,7 +93,8 @@ def test_every_row_is_seen_once_an_epoch_and_orders_differ():
         np.median(bigs.batch_at(rows, 4, 0, step).input_ids, axis=1).tolist()
         for step in range(8)
     ]
-    first, second = sum(seen[:4], []), sum(seen[4:], [])
+    first = sum(seen[:4], [])
+    second = sum(seen[4:], [])
     assert sorted(first) == sorted(second) == list(range(100, 116))
     assert first != second
 
@@ -103,7 +107,8 @@ def test_batches_may_cross_epochs():
 
 def test_schedule_endpoints():
     for recipe in bigs.RECIPES.values():
-        rate, warm = bigs.schedule(recipe), round(recipe.warmup * recipe.steps)
+        rate = bigs.schedule(recipe)
+        warm = round(recipe.warmup * recipe.steps)
         found = [
             float(rate(step)) for step in (0, warm, recipe.steps, recipe.steps + 5)
         ]
@@ -139,15 +144,11 @@ def test_groups_cover_all_parameters():
 
 
 def test_a_batch_is_learned_by_heart():
-    rows, recipe = (
-        random_rows(4, 32, 200),
-        replace(RECIPE, steps=150, learning_rate=2e-2, weight_decay=0.0),
-    )
-    state, step, batch = (
-        bigs.fresh_state(replace(SMALL, hidden_dropout_prob=0.0), recipe),
-        bigs.make_step(recipe),
-        None,
-    )
+    rows = random_rows(4, 32, 200)
+    recipe = replace(RECIPE, steps=150, learning_rate=2e-2, weight_decay=0.0)
+    state = bigs.fresh_state(replace(SMALL, hidden_dropout_prob=0.0), recipe)
+    step = bigs.make_step(recipe)
+    batch = None
     batch = bigs.batch_at(rows, 4, 0, 0)
     first = None
     for _ in range(150):
@@ -167,7 +168,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    steps, make = [], bigs.make_step
+    steps = []
+    make = bigs.make_step
 
     def mortal(recipe):
         step = make(recipe)
@@ -275,10 +277,12 @@ def test_adamw_is_optax_adamw():
         "bias": jnp.ones(3),
         "forward": {"A_re": -jnp.ones(3)},
     }
-    a, b = ours.init(params), theirs.init(params)
+    a = ours.init(params)
+    b = theirs.init(params)
     for step in range(5):
         grads = jax.tree.map(lambda p, s=step: jnp.sin(p * (s + 1)), params)
-        (u, a), (v, b) = ours.update(grads, a, params), theirs.update(grads, b, params)
+        (u, a) = ours.update(grads, a, params)
+        (v, b) = theirs.update(grads, b, params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), u, v)
 
 
@@ -302,11 +306,13 @@ def test_recipes_are_those_of_the_paper():
 
 
 def test_accumulating_equals_the_large_batch():
-    rows, plain = random_rows(40, 32, 200), replace(SMALL, hidden_dropout_prob=0.0)
+    rows = random_rows(40, 32, 200)
+    plain = replace(SMALL, hidden_dropout_prob=0.0)
     found = []
     for parts in (1, 2, 4):
         recipe = replace(RECIPE, batch=8, accumulate=parts)
-        state, step = bigs.fresh_state(plain, recipe), bigs.make_step(recipe)
+        state = bigs.fresh_state(plain, recipe)
+        step = bigs.make_step(recipe)
         for number in range(4):
             state, loss = step(state, bigs.batch_at(rows, 8, 0, number))
         found.append([*leaves(state.model), np.asarray(loss)])
@@ -316,7 +322,8 @@ def test_accumulating_equals_the_large_batch():
 
 
 def test_remat_gives_the_same_step():
-    rows, found = random_rows(8, 32, 200), []
+    rows = random_rows(8, 32, 200)
+    found = []
     for remat in (False, True):
         recipe = replace(RECIPE, batch=8, remat=remat)
         state, loss = bigs.make_step(recipe)(
@@ -342,10 +349,8 @@ def test_bfloat16_keeps_parameters_and_moments_in_float32():
 
 
 def test_the_log_tells_speed_and_share(tmp_path):
-    config, recipe = (
-        replace(SMALL, convolution="toeplitz"),
-        replace(RECIPE, log_every=4),
-    )
+    config = replace(SMALL, convolution="toeplitz")
+    recipe = replace(RECIPE, log_every=4)
     history = bigs.pretrain(config, recipe, dataset(), tmp_path).history
     lines = [
         json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()
