@@ -226,7 +226,7 @@ def figures(document: Document) -> list[tuple[str, str, dict[str, str]]]:
     return found
 
 
-# Checkers: order
+# Checkers of the order
 
 
 def check_rooms(document: Document) -> list[str]:
@@ -424,7 +424,7 @@ def check_comments(document: Document) -> list[str]:
     return complaints
 
 
-# Checkers: prose
+# Checkers of the prose
 
 
 def check_words(document: Document) -> list[str]:

@@ -1,5 +1,6 @@
 """A small model, a short recipe and random tokens, shared by the tests of training."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,10 @@ CONFIG = replace(
 RECIPE = bigs.Recipe(
     steps=12, batch=4, length=32, learning_rate=1e-2, save_every=5, evaluate_every=6
 )
+
+
+# A step is traced and compiled once for each recipe, however many runs take it.
+make_step = functools.cache(bigs.make_step)
 
 
 def random_rows(count: int = 40, length: int = 32, words: int = 200) -> bigs.Rows:

@@ -333,7 +333,6 @@ def test_the_oracles_gradients_are_difference_quotients(past):
             past,
         )
 
-    # noqa: E731
     loss = lambda u, p: (w * run(u, p)["y"]).sum()
     found = run(u, p)
     for name in NAMES:

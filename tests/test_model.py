@@ -175,7 +175,7 @@ def test_scanned_unrolled_and_rematerialized_agree(monkeypatch):
     def loss(m, **how):
         return (
             bigs.masked_logits(m, np.array([[1], [2], [3]]), IDS, ones, **how) ** 2
-        ).sum()  # noqa: E731
+        ).sum()
 
     plain = jax.jit(jax.grad(loss))(model)
     remat = jax.jit(jax.grad(lambda m: loss(m, remat=True)))(model)

@@ -1,5 +1,7 @@
 """The embedded English, packing, pairs."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -35,18 +37,18 @@ def test_nothing_is_on_both_sides(english):
     assert list(bigs.PACKAGES) == sorted(bigs.PACKAGES)
 
 
-def test_gathering_takes_at_most_twenty_seconds_and_repeats_itself(english):
-    import time
+def test_gathering_repeats_itself(english):
+    assert bigs.embedded_english.__wrapped__() == english
 
-    seconds = []
-    while not seconds or (
-        seconds[-1] > 20 and len(seconds) < 3
-    ):  # machines are shared; the best of three counts
+
+@pytest.mark.timing
+def test_gathering_takes_at_most_twenty_seconds(timed):
+    def seconds():
         start = time.perf_counter()
-        again = bigs.embedded_english.__wrapped__()
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 20
-    assert again == english
+        bigs.embedded_english.__wrapped__()
+        return time.perf_counter() - start
+
+    timed("seconds of gathering the English", seconds, most=20)
 
 
 def test_two_vocabularies_of_one_text_are_equal(english):

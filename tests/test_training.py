@@ -30,7 +30,8 @@ def steps_of(config, recipe, count):
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # Batches
