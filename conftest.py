@@ -74,9 +74,11 @@ def pytest_cmdline_main(config):
     nothing else was asked for. A worker takes whole files, whose tests share what was
     compiled. An accelerator belongs to one process.
     """
+    is_worker = hasattr(config, "workerinput")
     is_everything = config.args_source is config.ArgsSource.TESTPATHS
     if (
         config.pluginmanager.hasplugin("xdist")
+        and not is_worker
         and config.option.numprocesses is None
         and is_everything
         and not config.option.timing
