@@ -1,15 +1,53 @@
 """Settings shared by all tests and doctests."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+# Tests compile hundreds of small programs and run each a few times: compile fast rather
+# than well.
+FAST_COMPILATION = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+
+
+def are_known(*flags: str) -> bool:
+    """Whether this release of XLA has these flags; any other would end the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+    )
+    return done.returncode == 0
+
+
+def set_up_compilation() -> None:
+    """For this process and for all that it starts: workers, commands, runs. What one of
+    them has compiled, the others read.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        known = FAST_COMPILATION if are_known(*FAST_COMPILATION) else ()
+        os.environ["XLA_FLAGS"] = " ".join(known)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tests compile hundreds of small programs and run each once: compile fast rather than
-# well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+set_up_compilation()
 
-import jax
-import pytest
+import jax  # noqa: E402, not before these settings
 
 # Must stand before the document's first import: from then on every array annotation of
 # the document, such as Float[Array, "L d"], is checked at each call.
@@ -23,17 +61,57 @@ def pytest_addoption(parser):
     parser.addoption(
         "--slow", action="store_true", help="run the tests marked slow, too"
     )
+    parser.addoption(
+        "--timing",
+        action="store_true",
+        help="run the tests marked timing instead of the others, one after another",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of everything is shared among workers, if pytest-xdist is installed and
+    nothing else was asked for. A worker takes whole files, whose tests share what was
+    compiled. An accelerator belongs to one process.
+    """
+    is_worker = hasattr(config, "workerinput")
+    is_everything = config.args_source is config.ArgsSource.TESTPATHS
+    if (
+        config.pluginmanager.hasplugin("xdist")
+        and not is_worker
+        and config.option.numprocesses is None
+        and is_everything
+        and not config.option.timing
+        and jax.default_backend() == "cpu"
+    ):
+        config.option.numprocesses = min(os.cpu_count(), 4)
+        config.option.dist = "loadfile"
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
-    if "hub" not in config.getoption("markexpr"):
+    if "hub" not in config.option.markexpr:
         asking = [item for item in items if "hub" in item.keywords]
         items[:] = [item for item in items if "hub" not in item.keywords]
         config.hook.pytest_deselected(items=asking)
+    if config.option.timing:
+        others = [item for item in items if "timing" not in item.keywords]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "timing" in item.keywords]
+        return
+    for item in items:
+        if "timing" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="timing: runs with --timing"))
+        if "slow" in item.keywords and not config.option.slow:
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was measured, whether it was within its bound or not."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, text in getattr(report, "user_properties", ()):
+                if name == "timing" and report.when == "call":
+                    terminalreporter.write_line(f"{report.nodeid}: {text}")
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,8 @@ class Browser:
 
     def __init__(self):
         self.profile = tempfile.mkdtemp()
-        (reads, self.commands), (self.answers, writes) = os.pipe(), os.pipe()
+        (reads, self.commands) = os.pipe()
+        (self.answers, writes) = os.pipe()
         # The protocol wants the file descriptors 3 and 4.
         line = f'exec "$@" 3<&{reads} 4>&{writes}'
         command = [
@@ -55,7 +56,10 @@ class Browser:
         )
         os.close(reads)
         os.close(writes)
-        self.last, self.session, self.rest, self.events = 0, None, b"", []
+        self.last = 0
+        self.session = None
+        self.rest = b""
+        self.events = []
         target = next(
             t
             for t in self.call("Target.getTargets")["targetInfos"]

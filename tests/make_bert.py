@@ -77,7 +77,8 @@ def answers(torch, model, inputs):
     """The last hidden state, the pooled output and the logits of both heads."""
     with torch.no_grad():
         inputs = {name: torch.tensor(array) for name, array in inputs.items()}
-        base, both = model.bert(**inputs), model(**inputs)
+        base = model.bert(**inputs)
+        both = model(**inputs)
     found = {
         "hidden": base.last_hidden_state,
         "pooled": base.pooler_output,
@@ -91,12 +92,14 @@ def main():
     import torch
     import transformers
 
-    model, inputs = make_model(torch, transformers), make_inputs()
+    model = make_model(torch, transformers)
+    inputs = make_inputs()
     weights = {
         f"weight/{name}": weight.detach().numpy().copy()
         for name, weight in model.named_parameters()
     }
-    rough, exact = answers(torch, model, inputs), answers(torch, model.double(), inputs)
+    rough = answers(torch, model, inputs)
+    exact = answers(torch, model.double(), inputs)
     assert all(answer.dtype == np.float64 for answer in exact.values())
     errors = {
         f"error/{name}": np.abs(rough[name] - exact[name]).max() for name in exact

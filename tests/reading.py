@@ -9,10 +9,8 @@ import builtins
 import doctest
 import importlib
 import inspect
-import io
 import re
 import symtable
-import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,14 +18,8 @@ from urllib.parse import unquote, urlsplit
 import jupytext
 
 LAST_ROOM = 16
-FOLDED = (
-    2,
-    8,
-    9,
-    12,
-    13,
-    14,
-)  # rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
+# Rooms whose examples need machinery: circumstances, docstrings, checkpoints, pairs
+FOLDED = (2, 8, 9, 12, 13, 14)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GIVEN = {*vars(builtins), "__file__", "__name__", "__doc__"}  # without being defined
@@ -65,9 +57,21 @@ class Document:
         return [cell for cell in self.cells if cell.kind == "markdown"]
 
 
+def room_of(title: str, before: int) -> int:
+    """The room that a heading of the second level begins; if none, the one before."""
+    number = re.match(r"(\d+)\. ", title)
+    letter = re.match(r"Appendix ([A-Z])\. ", title)
+    if number:
+        return int(number[1])
+    if letter:
+        return LAST_ROOM + 1 + ord(letter[1]) - ord("A")
+    return before
+
+
 def read(text: str, root: Path) -> Document:
     """Cut a py:percent script into cells, each with its room."""
-    room, cells = -1, []
+    room = -1
+    cells = []
     markers = [
         n for n, line in enumerate(text.splitlines(), 1) if line.startswith("# %%")
     ]
@@ -75,10 +79,7 @@ def read(text: str, root: Path) -> Document:
     for line, cell in zip(markers, found, strict=True):
         if cell.cell_type == "markdown":
             for _, title in headings_of(cell.source, 2):
-                if number := re.match(r"(\d+)\. ", title):
-                    room = int(number[1])
-                elif letter := re.match(r"Appendix ([A-Z])\. ", title):
-                    room = LAST_ROOM + 1 + ord(letter[1]) - ord("A")
+                room = room_of(title, room)
         tags = tuple(cell.metadata.get("tags", ()))
         cells.append(Cell(cell.cell_type, cell.source, room, line, tags))
     return Document(text, tuple(cells), root)
@@ -123,7 +124,8 @@ def headings_of(markdown: str, level: int | None = None) -> list[tuple[int, str]
 
 def slugs(document: Document) -> set[str]:
     """The anchors that GitHub gives the headings; a repeated one counts on: -1, -2."""
-    found, seen = set(), {}
+    found = set()
+    seen = {}
     for cell in document.prose:
         for _, title in headings_of(cell.source):
             text = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", title).lower()
@@ -168,7 +170,8 @@ def decorators(node: ast.AST) -> set[str]:
 def docstrings(tree: ast.Module) -> list[tuple[str, str]]:
     """(name, docstring) of every definition in the tree that has one."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS)]
-    return [(node.name, text) for node in nodes if (text := ast.get_docstring(node))]
+    found = [(node.name, ast.get_docstring(node)) for node in nodes]
+    return [(name, text) for name, text in found if text]
 
 
 def examples(docstring: str) -> list[doctest.Example]:
@@ -224,7 +227,7 @@ def figures(document: Document) -> list[tuple[str, str, dict[str, str]]]:
     return found
 
 
-# Checkers: order
+# Checkers of the order
 
 
 def check_rooms(document: Document) -> list[str]:
@@ -307,121 +310,46 @@ def check_line_length(document: Document, most: int = 88) -> list[str]:
 
 # What takes too long for a doctest; tests/ runs each of them.
 TESTED_AT_LENGTH = {
-    *(
-        "tiny_run",
-        "tiny_finetuned",
-        "pretrain",
-        "train",
-        "save",
-        "writing",
-        "restore",
-        "heldout_loss",
-    ),
-    *("embedded_english", "tiny_dataset", "pair_task"),
+    "embedded_english",
+    "heldout_loss",
+    "pair_task",
+    "pretrain",
+    "restore",
+    "save",
+    "tiny_dataset",
+    "tiny_finetuned",
+    "tiny_run",
+    "train",
+    "writing",
 }
+
+
+def needs_doctest(node: ast.AST) -> bool:
+    """Whether a definition has to show itself at work: no record, no figure, and
+    nothing that takes too long.
+    """
+    if node.name.startswith("_") or node.name in TESTED_AT_LENGTH:
+        return False
+    if isinstance(node, ast.ClassDef):
+        return "NamedTuple" not in map(ast.unparse, node.bases)
+    return not decorators(node) & {"example", "figure"}
 
 
 def check_doctests(document: Document, least: int = 60) -> list[str]:
     """Public functions and classes of the main line prove what their docstrings say."""
     complaints = []
     for cell, node in definitions(document):
-        is_public = not node.name.startswith("_") and cell.room <= LAST_ROOM
-        is_record = isinstance(node, ast.ClassDef) and "NamedTuple" in map(
-            ast.unparse, node.bases
-        )
-        is_shown = decorators(node) & {"example", "figure"}
-        if is_public and not (is_record or is_shown or node.name in TESTED_AT_LENGTH):
-            if not ast.get_docstring(node):
-                complaints.append(f"{cell.where}: {node.name} has no docstring")
-            elif not any(
-                examples(text) for _, text in docstrings(ast.Module([node], []))
-            ):
-                complaints.append(f"{cell.where}: {node.name} has no doctest")
+        if cell.room > LAST_ROOM or not needs_doctest(node):
+            continue
+        texts = [text for _, text in docstrings(ast.Module([node], []))]
+        if not any(examples(text) for text in texts):
+            complaints.append(f"{cell.where}: {node.name} has no doctest")
     texts = [text for cell in document.code for _, text in docstrings(cell.tree)]
     count = sum(len(examples(text)) for text in texts)
     return complaints + [f"only {count} doctest examples"] * (count < least)
 
 
-def check_imports(document: Document) -> list[str]:
-    """No star imports, no private modules, no private names of a library."""
-    complaints, modules = [], set()
-    for cell in document.code:
-        for node in ast.walk(cell.tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names]
-                modules |= {
-                    alias.asname or alias.name.split(".")[0] for alias in node.names
-                }
-                path = ".".join([getattr(node, "module", None) or "", *names])
-                if "*" in names:
-                    complaints.append(f"{cell.where}: {ast.unparse(node)}")
-                elif re.search(r"(^|\.)_(?!_)", path):
-                    complaints.append(f"{cell.where}: private: {ast.unparse(node)}")
-    for cell in document.code:
-        for node in ast.walk(cell.tree):
-            if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr):
-                if re.match(r"\w*", ast.unparse(node))[0] in modules:
-                    complaints.append(f"{cell.where}: private: {ast.unparse(node)}")
-    return complaints
-
-
-STATEMENTS = (
-    *(
-        ast.Assign,
-        ast.AugAssign,
-        ast.Import,
-        ast.ImportFrom,
-        ast.Return,
-        ast.Raise,
-        ast.Assert,
-    ),
-    *(
-        ast.For,
-        ast.While,
-        ast.If,
-        ast.With,
-        ast.Try,
-        ast.Pass,
-        ast.Delete,
-        *DEFINITIONS,
-    ),
-)
-
-
-def is_code(comment: str) -> bool:
-    """Would the comment run? A word, a shape such as (L, d) or a formula in words would
-    not.
-    """
-    text = comment.lstrip("# ").rstrip()
-    if text.endswith(":") and re.match(
-        r"(if|for|while|with|def|class|try|else|elif)\b", text
-    ):
-        text = (
-            re.sub(r"^(else|elif)\b", "if", text).replace("if:", "if True:") + " pass"
-        )
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return False
-    return any(
-        isinstance(node, STATEMENTS)
-        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
-        for node in tree.body
-    )
-
-
-def check_comments(document: Document) -> list[str]:
-    """No commented-out code: a comment that fills its line is not a statement."""
-    complaints = []
-    for cell in document.code:
-        for token in tokenize.generate_tokens(io.StringIO(cell.source).readline):
-            fills_line = token.line[: token.start[1]].strip() == ""
-            if token.type == tokenize.COMMENT and fills_line and is_code(token.string):
-                complaints.append(f"{cell.where}: commented-out code: {token.string}")
-    return complaints
-
-
-# Checkers: prose
+# Checkers of the prose
 
 
 def check_words(document: Document) -> list[str]:
@@ -466,7 +394,8 @@ def check_markup(document: Document) -> list[str]:
 
 def check_links(document: Document) -> list[str]:
     """Relative links lead to files, anchors to headings; addresses are well formed."""
-    anchors, complaints = slugs(document), []
+    anchors = slugs(document)
+    complaints = []
     for cell in document.prose:
         for _, _, target, _ in links(cell.source):
             if target.startswith("#"):
@@ -499,7 +428,8 @@ def check_figures(document: Document, least: int = 30) -> list[str]:
     """Figures say to who cannot see them what they show, have a caption, and lie in
     figures/.
     """
-    complaints, names = [], []
+    complaints = []
+    names = []
     for where, function, literal in figures(document):
         if len(literal.get("alt", "")) < least:
             complaints.append(f"{where}: {function} has no alt text worth the name")
@@ -576,7 +506,9 @@ def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
     """Names inside the document's definitions: (variables, attributes, strings of
     code).
     """
-    variables, attributes, strings = set(), set(), set()
+    variables = set()
+    attributes = set()
+    strings = set()
     for cell in document.code:
         docs = {text for _, text in docstrings(cell.tree)}
         for node in ast.walk(cell.tree):
@@ -660,13 +592,15 @@ def check_spans(
     def problem(span: str) -> str | None:
         if span in allowed or span in strings or (document.root / span).exists():
             return None
-        if option := re.match(r"--([a-z][a-z-]*)", span):
+        option = re.match(r"--([a-z][a-z-]*)", span)
+        if option:
             known = {
                 option[1].replace("-", "_"),
                 option[1].removeprefix("no-").replace("-", "_"),
             }
             return None if known & (variables | attributes) else "is no option"
-        if command := re.match(r"(?:\S*python3? )?annotated_bigs\.py ([a-z-]+)", span):
+        command = re.match(r"(?:\S*python3? )?annotated_bigs\.py ([a-z-]+)", span)
+        if command:
             known = {command[1], command[1].replace("-", "_")}
             return None if known & (strings | set(namespace)) else "is no command"
         if re.fullmatch(r"[\w.-]+(/[\w.*-]*)+", span) and span.split("/")[0] in tops:
@@ -691,9 +625,8 @@ def check_spans(
             own = root in known and set(rest) <= attributes
             return None if own else "names nothing"
 
-    found = [(cell, span) for cell in document.prose for span in spans(cell.source)]
-    return [
-        f"{cell.where}: `{span}` {why}"
-        for cell, span in found
-        if (why := problem(span))
-    ]
+    complaints = []
+    for cell in document.prose:
+        found = [(span, problem(span)) for span in spans(cell.source)]
+        complaints += [f"{cell.where}: `{span}` {why}" for span, why in found if why]
+    return complaints

@@ -126,7 +126,8 @@ def difference(answer, config=CONFIG):
     """The largest difference to the float64 answer, at words; in units of Hugging
     Face's own float32 error.
     """
-    ours, theirs = np.asarray(ANSWERS[answer](config), np.float64), STORED[answer]
+    ours = np.asarray(ANSWERS[answer](config), np.float64)
+    theirs = STORED[answer]
     assert ours.shape == theirs.shape
     at = INPUTS[1] > 0 if ours.ndim == 3 else slice(None)
     return np.abs(ours - theirs)[at].max() / STORED[f"error/{answer}"]

@@ -44,10 +44,8 @@ def test_the_box_is_small_and_holds_what_it_says(model):
         "training.json",
     }
     assert sum(files.values()) < 12e6
-    assert (
-        model.config == bigs.boxed
-        and len(bigs.load_tokenizer()) == model.config.vocab_size == 8192
-    )
+    assert model.config == bigs.boxed
+    assert len(bigs.load_tokenizer()) == model.config.vocab_size == 8192
     assert (
         3e6
         < sum(array.size for array in arrays(bigs.BOXED).values())
@@ -71,13 +69,12 @@ def test_the_kept_kernels_are_those_of_the_model(model):
             kept, bigs.kernels_of(own), atol=1e-5 * np.abs(kept).max()
         )
     assert found["finetuned"].shape == found["start"].shape == (6, 2, 128)
-    checkpoints, N = len(found["tokens"]), bigs.boxed.num_ssm
-    assert found["step_sizes"].shape == (checkpoints, 6, 2) and found[
-        "poles"
-    ].shape == (checkpoints, 6, 2, N)
-    assert (
-        found["tokens"][0] == 0 and found["tokens"][-1] == bigs.RECIPES["boxed"].tokens
-    )
+    checkpoints = len(found["tokens"])
+    N = bigs.boxed.num_ssm
+    assert found["step_sizes"].shape == (checkpoints, 6, 2)
+    assert found["poles"].shape == (checkpoints, 6, 2, N)
+    assert found["tokens"][0] == 0
+    assert found["tokens"][-1] == bigs.RECIPES["boxed"].tokens
     steps = np.stack(
         [
             np.exp(side.log_step[...][:, 0])
@@ -90,17 +87,18 @@ def test_the_kept_kernels_are_those_of_the_model(model):
 
 def test_its_training_was_the_recipe_and_went_down():
     run = bigs.boxed_training()
-    assert run["recipe"] == bigs.asdict(bigs.RECIPES["boxed"]) and run[
-        "parameters"
-    ] == bigs.parameters(bigs.boxed)
+    assert run["recipe"] == bigs.asdict(bigs.RECIPES["boxed"])
+    assert run["parameters"] == bigs.parameters(bigs.boxed)
     assert bigs.RECIPES["boxed"].tokens > 60e6
     heldout = [record["heldout"] for record in run["history"] if "heldout" in record]
-    assert abs(heldout[0] - np.log(8192)) < 0.1 and heldout[-1] == min(heldout) < 4.5
+    assert abs(heldout[0] - np.log(8192)) < 0.1
+    assert heldout[-1] == min(heldout) < 4.5
 
 
 def test_card_and_readme_say_what_was_measured():
     """Every number with three decimals is a measured loss, or what silence costs."""
-    losses, run = bigs.boxed_reading()["losses"], bigs.boxed_training()
+    losses = bigs.boxed_reading()["losses"]
+    run = bigs.boxed_training()
     values = [record["heldout"] for record in run["history"] if "heldout" in record]
     wiki = losses["enwiki-valid.jsonl.xz"]
     values += [wiki[kind] - wiki["nothing"] for kind in ("local", "long")]
@@ -113,8 +111,10 @@ def test_card_and_readme_say_what_was_measured():
     )
     for text, least in ((card, 20), (readme, 3)):
         numbers = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", text)
-        assert len(numbers) >= least and set(numbers) <= known
-    assert "pretrain --size boxed --recipe boxed" in card and "must not" in card
+        assert len(numbers) >= least
+        assert set(numbers) <= known
+    assert "pretrain --size boxed --recipe boxed" in card
+    assert "must not" in card
     means = {}
     for task, found in bigs.glue().items():
         means[task] = tuple(
@@ -135,10 +135,8 @@ def test_card_and_readme_say_what_was_measured():
         for row in json.loads((bigs.DATA / "tpu-v3.json").read_text())["rows"]
         if row["length"] == 4096
     }
-    assert (
-        f"{ratios['blocks']:.2f} times" in readme
-        and f"{ratios['fft']:.1f} times" in readme
-    )
+    assert f"{ratios['blocks']:.2f} times" in readme
+    assert f"{ratios['fft']:.1f} times" in readme
     assert 2.5 < bigs.factors()["ours"]["speed"] < 3
 
 
@@ -152,7 +150,8 @@ def test_the_model_reads_english(model):
             "The book was published [MASK] 1998.",
         )
     ]
-    assert "door" in dict(words[0]) and words[1][0][0] == "in"
+    assert "door" in dict(words[0])
+    assert words[1][0][0] == "in"
 
 
 # Compact files
@@ -217,7 +216,8 @@ def test_losses_without_kernels(tmp_path, model):
     text.write_text("\n\n".join(lines))
     losses = bigs.losses_without(model, bigs.load_tokenizer(), str(text), 16)
     layers = len(bigs.boxed_kernels()["start"])
-    assert len(losses) == 4 + 3 * layers and losses["all"] > losses["nothing"] + 0.5
+    assert len(losses) == 4 + 3 * layers
+    assert losses["all"] > losses["nothing"] + 0.5
     local = bigs.reaches(bigs.kernels_of(model)) <= 10
     silent = bigs.silenced(model, local)
     assert (
@@ -254,13 +254,12 @@ def test_inspect_writes_what_it_read(tmp_path, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    assert (
-        "strongest position" in printed
-        and "of its norm" in printed
-        and "without" in printed
-    )
+    assert "strongest position" in printed
+    assert "of its norm" in printed
+    assert "without" in printed
     with np.load(tmp_path / "found" / "kernels.npz") as file:
-        assert set(file) == {"pretrained", "finetuned"} and file["finetuned"].shape == (
+        assert set(file) == {"pretrained", "finetuned"}
+        assert file["finetuned"].shape == (
             2,
             2,
             32,
@@ -302,7 +301,8 @@ def test_the_way_of_a_run(tmp_path, capsys):
             way["poles"][when, :, 0].imag, layers.forward.A_im[...], rtol=1e-6
         )
     assert len(np.unique(way["step_sizes"][:, 0, 0])) == 4
-    assert way["spread"].shape == (4,) and way["sizes"].shape == (4, 2)
+    assert way["spread"].shape == (4,)
+    assert way["sizes"].shape == (4, 2)
     matrix = np.asarray(last.encoder.layers.W_o.kernel[...])[0]
     np.testing.assert_allclose(
         way["sizes"][-1, 0], np.sqrt(np.mean(matrix**2)), rtol=1e-5
@@ -319,7 +319,7 @@ def test_the_way_of_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "layers, places", [(2, None), (23, [(14, 1), (18, 0), (17, 0)])]
+    ("layers", "places"), [(2, None), (23, [(14, 1), (18, 0), (17, 0)])]
 )
 def test_figures_of_any_model(tmp_path, layers, places):
     config = replace(
@@ -357,7 +357,7 @@ def test_figures_of_any_model(tmp_path, layers, places):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (("--finetuned", "one"), "finetuned: give the model before fine-tuning, too"),
         (
@@ -389,10 +389,8 @@ def test_figures_need_two_models_with_kernels_of_one_shape(
                 ),
             ]
         )
-    assert (
-        re.search(message, capsys.readouterr().err)
-        and not (tmp_path / "drawn").exists()
-    )
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "drawn").exists()
 
 
 # The paper's own figures

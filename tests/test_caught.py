@@ -43,7 +43,7 @@ def test_the_optimizer_adds_a_millionth_to_the_size_of_a_gradient(size):
 
 
 @pytest.mark.parametrize(
-    "task, labels",
+    ("task", "labels"),
     [
         ("mnli", ("entailment", "neutral", "contradiction")),
         ("qnli", ("entailment", "not_entailment")),

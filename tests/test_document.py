@@ -3,7 +3,6 @@
 import importlib
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -21,18 +20,22 @@ NOTEBOOK = ROOT / "annotated_bigs.ipynb"
 
 # What requirements.txt installs, as it is imported: prose may name any of it.
 LIBRARIES = {
-    *(
-        "jax",
-        "flax",
-        "optax",
-        "orbax",
-        "numpy",
-        "scipy",
-        "sklearn",
-        "jaxtyping",
-        "tokenizers",
-    ),
-    *("transformers", "datasets", "matplotlib", "tqdm", "tyro", "jupytext", "pytest"),
+    "datasets",
+    "flax",
+    "jax",
+    "jaxtyping",
+    "jupytext",
+    "matplotlib",
+    "numpy",
+    "optax",
+    "orbax",
+    "pytest",
+    "scipy",
+    "sklearn",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "tyro",
 }
 # Words of other languages and of the authors' files that prose may set as code.
 ALLOWED = frozenset({"python", "pip", "git", "make", "main", "--help", "--slow"})
@@ -69,8 +72,6 @@ RULES = {
         reading.check_names,
         reading.check_rhythm,
         reading.check_doctests,
-        reading.check_imports,
-        reading.check_comments,
         reading.check_words,
         reading.check_markup,
         reading.check_links,
@@ -106,7 +107,8 @@ def test_tests_named_in_prose_exist(document):
         for file, test in named
         if f"\ndef {test}(" not in (ROOT / file).read_text()
     ]
-    assert len(named) > 15 and not missing
+    assert len(named) > 15
+    assert not missing
 
 
 def test_figures_carry_what_they_say(document, bigs):
@@ -215,17 +217,18 @@ def test_a_missing_platform_is_noticed(tmp_path):
     assert run_python(code, tmp_path, JAX_PLATFORMS="nonexistent").returncode != 0
 
 
-def test_importing_takes_less_than_three_seconds_beyond_jax(tmp_path):
+@pytest.mark.timing
+def test_importing_takes_less_than_three_seconds_beyond_jax(tmp_path, timed):
     def seconds(code: str) -> float:
         start = time.perf_counter()
         assert run_python(code, tmp_path, PYTHONDONTWRITEBYTECODE="").returncode == 0
         return time.perf_counter() - start
 
+    def beyond_jax() -> float:
+        return seconds("import annotated_bigs") - seconds("import jax")
+
     seconds("import annotated_bigs")  # files come into memory, bytecode is written
-    rounds = [
-        seconds("import annotated_bigs") - seconds("import jax") for _ in range(3)
-    ]
-    assert statistics.median(rounds) < 3
+    timed("seconds of the import beyond JAX's own", beyond_jax, most=3, rounds=5)
 
 
 # Each rule can fail: a small document that keeps all rules, then one that breaks one of
@@ -385,14 +388,7 @@ BREAKS = [
     ),
     ("check_doctests", "    >>> half(4.0) * SCALE\n", "", "half has no doctest"),
     ("check_doctests", "    >>> Model().rate\n    2\n", "", "only 1 doctest"),
-    ("check_doctests", CELL, CELL + "\ndef f():\n    pass\n", "f has no docstring"),
-    ("check_imports", CELL, CELL + "from math import *\n", "import *"),
-    ("check_imports", CELL, CELL + "import jax._src.core\n", "private"),
-    ("check_imports", CELL, CELL + "from jax import _src\n", "private"),
-    ("check_imports", CELL, CELL + "print(math.a._sqrt)\n", "private: math.a._sqrt"),
-    ("check_comments", CELL, CELL + "# x = half(2)\n", "commented-out"),
-    ("check_comments", CELL, CELL + "# print(x)\n", "commented-out"),
-    ("check_comments", CELL, CELL + "# if x:\n", "commented-out"),
+    ("check_doctests", CELL, CELL + "\ndef f():\n    pass\n", "f has no doctest"),
     ("check_words", "$y = a$", "$y = a$ It Simply works.", "Simply"),
     ("check_words", 'caption="A line."', 'caption="This is just it."', "just"),
     ("check_markup", "$$y = a$$", "$$y = a", "unbalanced $$"),
@@ -475,29 +471,24 @@ def test_claims_catch(claim, complaint, make):
 @pytest.mark.parametrize(
     "span",
     [
-        *(
-            "third",
-            "thirds(x)",
-            "math.sqroot",
-            "Model.speed",
-            "model.speed",
-            "sqlite3.connect",
-        ),
-        *(
-            "half(x, y)",
-            "half(y=2)",
-            "figures/circle.png",
-            "--speed",
-            "scipy.signal.nothing",
-        ),
-        *(
-            "annotated_bigs.py paint",
-            "python annotated_bigs.py paint --rate 3",
-            "rates.x",
-        ),
+        "third",
+        "thirds(x)",
+        "math.sqroot",
+        "Model.speed",
+        "model.speed",
+        "sqlite3.connect",
+        "half(x, y)",
+        "half(y=2)",
+        "figures/circle.png",
+        "--speed",
+        "scipy.signal.nothing",
+        "annotated_bigs.py paint",
+        "python annotated_bigs.py paint --rate 3",
+        "rates.x",
     ],
 )
 def test_spans_catch(span, make):
     document = make("`half(x)`", f"`{span}`")
     complaints = reading.check_spans(document, namespace_of(document), LIBRARIES)
-    assert len(complaints) == 1 and f"`{span}`" in complaints[0]
+    assert len(complaints) == 1
+    assert f"`{span}`" in complaints[0]

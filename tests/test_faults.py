@@ -20,7 +20,8 @@ def test_a_fault_fits_the_program(fault):
     assert fault.old != fault.new
     assert fault.new in faults.seeded(SOURCE, fault)
     tests = [test.split("::")[0] for test in fault.tests]
-    assert tests and all((faults.ROOT / test).is_file() for test in tests)
+    assert tests
+    assert all((faults.ROOT / test).is_file() for test in tests)
 
 
 def test_faults_differ():
@@ -52,7 +53,7 @@ FOUR = dict(a=1,
 
 
 @pytest.mark.parametrize(
-    "where, old, new, expected",
+    ("where", "old", "new", "expected"),
     [
         ("one", "x + 1", "x - 1", "    return x - 1\n"),
         ("Two.three", "[1, 2]", "[2, 1]", "        return [2, 1]\n"),
@@ -68,7 +69,7 @@ def test_a_snippet_is_found_however_it_is_written(where, old, new, expected):
 
 
 @pytest.mark.parametrize(
-    "where, old, message",
+    ("where", "old", "message"),
     [
         ("one", "x + 2", "occurs 0 times in one; rewrite"),
         ("FOUR", "=", "occurs 3 times in FOUR; rewrite"),

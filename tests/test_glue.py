@@ -47,10 +47,8 @@ METRICS = {
     "cola": (matthews_corrcoef,),
     "stsb": (lambda *ab: spearmanr(*ab)[0], lambda *ab: pearsonr(*ab)[0]),
 }
-HEAD, ROW = (
-    b"index\tsentence1\tsentence2\tlabel\n",
-    b"0\tIt rains.\tIt is wet.\tentailment\n",
-)
+HEAD = b"index\tsentence1\tsentence2\tlabel\n"
+ROW = b"0\tIt rains.\tIt is wet.\tentailment\n"
 COLUMNS = {
     "mnli": (
         "index promptID pairID genre parse1 parse2 sentence1 sentence2 label1"
@@ -89,19 +87,18 @@ TOY = bigs.encode(
 )
 @pytest.mark.parametrize("name", ROWS)
 def test_official_files_are_read_whole(name, capsys):
-    task, splits = bigs.GLUE[name], bigs.task_texts(name, REAL)
+    task = bigs.GLUE[name]
+    splits = bigs.task_texts(name, REAL)
     assert {split: len(texts) for split, (texts, _) in splits.items()} == ROWS[name]
     for split, (texts, labels) in splits.items():
-        assert {len(text) for text in texts} == {len(task.texts)} and all(
-            map(all, texts)
-        )
+        assert {len(text) for text in texts} == {len(task.texts)}
+        assert all(map(all, texts))
         if split in ("test", "diagnostic"):
             assert labels is None
         elif task.labels:
             count = np.bincount(labels).tolist()
-            assert COUNTS.get((name, split), count) == count and sum(count) == len(
-                texts
-            )
+            assert COUNTS.get((name, split), count) == count
+            assert sum(count) == len(texts)
         else:
             assert (labels.min(), labels.max(), len(labels)) == (0, 5, len(texts))
     told = (
@@ -113,23 +110,21 @@ def test_official_files_are_read_whole(name, capsys):
 
 @pytest.mark.parametrize("name", bigs.GLUE)
 def test_measures_are_those_of_the_libraries(name):
-    task, rng = bigs.GLUE[name], np.random.default_rng(1)
+    task = bigs.GLUE[name]
+    rng = np.random.default_rng(1)
     outputs = rng.normal(size=(50, max(1, len(task.labels))))
     labels = (
         rng.integers(0, len(task.labels), 50)
         if task.labels
         else rng.uniform(0, 5, 50).round(1)
     )
-    guess, found = (
-        (outputs.argmax(1) if task.labels else outputs[:, 0]),
-        bigs.task_scores(task, outputs, labels),
-    )
+    guess = outputs.argmax(1) if task.labels else outputs[:, 0]
+    found = bigs.task_scores(task, outputs, labels)
     wanted = [
         measure(labels, guess) for measure in METRICS.get(name, (accuracy_score,))
     ]
-    assert (
-        list(found.values()) == pytest.approx(wanted) and min(map(abs, wanted)) > 0.01
-    )
+    assert list(found.values()) == pytest.approx(wanted)
+    assert min(map(abs, wanted)) > 0.01
     constant = bigs.task_scores(task, 0 * outputs, labels)
     assert all(
         value == 0
@@ -208,7 +203,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    "name, suffix, content, message",
+    ("name", "suffix", "content", "message"),
     [
         *(
             (name, suffix, pack(content), message)
@@ -252,7 +247,7 @@ WHY = [
 
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize(
-    "name, content, texts, told",
+    ("name", "content", "texts", "told"),
     [
         *(
             (
@@ -279,24 +274,24 @@ def test_oddities_of_official_files_are_read(
 ):
     file = write(tmp_path, name, "train", PACK[suffix](content.encode()), suffix)
     ((split, found),) = bigs.task_texts(name, tmp_path).items()
-    assert split == "train" and found.texts == texts and len(found.labels) == len(texts)
+    assert split == "train"
+    assert found.texts == texts
+    assert len(found.labels) == len(texts)
     assert capsys.readouterr().err == (f"{file}{told}" if told else "")
 
 
 def test_the_hub_gives_the_same_in_its_own_columns(monkeypatch):
-    texts, labels = (
-        {
-            "premise": ["Rain.", "Snow."],
-            "hypothesis": ["Wet.", "Hot."],
-            "idx": [0, 1],
-        },
-        {
-            "train": [0, 2],
-            "validation_matched": [1, 2],
-            "test_matched": [-1, -1],
-            "test": [-1, -1],
-        },
-    )
+    texts = {
+        "premise": ["Rain.", "Snow."],
+        "hypothesis": ["Wet.", "Hot."],
+        "idx": [0, 1],
+    }
+    labels = {
+        "train": [0, 2],
+        "validation_matched": [1, 2],
+        "test_matched": [-1, -1],
+        "test": [-1, -1],
+    }
 
     def load_dataset(path, name, split):
         if split not in labels or (path, name) != (
@@ -352,18 +347,14 @@ def loud(model, scale):
 
 
 def test_an_epoch_shows_each_example_once_in_batches_of_like_length():
-    lengths, rng = (
-        np.random.default_rng(0).integers(3, 60, 1003),
-        np.random.default_rng(1),
-    )
+    lengths = np.random.default_rng(0).integers(3, 60, 1003)
+    rng = np.random.default_rng(1)
     epochs = [bigs.grouped(lengths, 8, rng) for _ in range(20)]
     assert all(
         epoch.shape == (125, 8) and np.unique(epoch).size == 1000 for epoch in epochs
     )
-    assert (
-        np.unique(epochs).size == 1003
-        and np.unique(bigs.grouped(lengths[:1000], 8, rng)).size == 1000
-    )
+    assert np.unique(epochs).size == 1003
+    assert np.unique(bigs.grouped(lengths[:1000], 8, rng)).size == 1000
     assert all(np.ptp(lengths[epoch], axis=1).mean() < 3 for epoch in epochs)
     rises = [
         np.corrcoef(np.arange(125), lengths[epoch].mean(1))[0, 1] for epoch in epochs
@@ -380,17 +371,16 @@ def test_an_epoch_shows_each_example_once_in_batches_of_like_length():
 
 
 def test_padding_is_silent_and_padded_training_the_same(monkeypatch):
-    chosen, cut, lengths, one = (
-        np.arange(7, -1, -1),
-        bigs.cut,
-        [],
-        bigs.Examples(*(a[:8] for a in TOY)),
-    )
+    chosen = np.arange(7, -1, -1)
+    cut = bigs.cut
+    lengths = []
+    one = bigs.Examples(*(a[:8] for a in TOY))
     outputs = [
         loud(classifier(), 0.3)(*cut(TOY, chosen, L))
         for L in (int(one.lengths.max()), 23, 64)
     ]
-    assert one.lengths.max() < 16 and np.ptp(outputs[0], axis=0).min() > 0.01
+    assert one.lengths.max() < 16
+    assert np.ptp(outputs[0], axis=0).min() > 0.01
     np.testing.assert_allclose(outputs[1:], [outputs[0]] * 2, atol=1e-5)
     monkeypatch.setattr(
         bigs,
@@ -409,7 +399,8 @@ def test_padding_is_silent_and_padded_training_the_same(monkeypatch):
 
 
 def test_a_step_is_one_of_adamw():
-    ours, theirs = classifier(), classifier()
+    ours = classifier()
+    theirs = classifier()
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: bigs.is_decayed(path, True), ours
     )
@@ -423,7 +414,8 @@ def test_a_step_is_one_of_adamw():
             )
         )
     )
-    moments, state = bigs.ADAM.init(ours), adamw.init(theirs)
+    moments = bigs.ADAM.init(ours)
+    state = adamw.init(theirs)
     for chosen in np.arange(32).reshape(4, 8):
         batch = bigs.cut(TOY, chosen, 16), TOY.labels[chosen]
         ours, moments, found = bigs.tuning_step(
@@ -476,11 +468,14 @@ def test_regression_learns_a_score():
         classifier(1), scores, bigs.Tuning(learning_rate=0.01, batch=8, epochs=60)
     )
     error = np.square(bigs.predict(tuned.last, scores)[:, 0] - scores.labels).mean()
-    assert error < 0.05 * scores.labels.var() and scores.labels.var() > 1
+    assert error < 0.05 * scores.labels.var()
+    assert scores.labels.var() > 1
 
 
 def test_the_best_model_is_that_of_the_best_score():
-    script, seen, start = [0.1, 0.9, -0.3, 0.5], [], classifier()
+    script = [0.1, 0.9, -0.3, 0.5]
+    seen = []
+    start = classifier()
 
     def score(model):
         seen.append(jax.tree.map(np.array, model))
@@ -488,31 +483,24 @@ def test_the_best_model_is_that_of_the_best_score():
 
     tuning = bigs.Tuning(learning_rate=0.01, batch=8, epochs=4)
     tuned = bigs.finetune(start, TOY, tuning, 0, score)
-    assert (
-        tuned.scores == script
-        and same(tuned.best, seen[1])
-        and same(tuned.last, seen[3])
-    )
-    assert not any(
-        same(a, b) for a, b in itertools.combinations([start, *seen], 2)
-    ) and same(start, classifier())
+    assert tuned.scores == script
+    assert same(tuned.best, seen[1])
+    assert same(tuned.last, seen[3])
+    assert not any(same(a, b) for a, b in itertools.combinations([start, *seen], 2))
+    assert same(start, classifier())
     plain, other = (bigs.finetune(start, TOY, tuning, seed) for seed in (0, 1))
-    assert (
-        same(plain.last, seen[3])
-        and same(plain.best, seen[3])
-        and not same(other.last, seen[3])
-    )
+    assert same(plain.last, seen[3])
+    assert same(plain.best, seen[3])
+    assert not same(other.last, seen[3])
 
 
 def test_a_classifier_keeps_what_fits():
     fresh = classifier(4, seed=1)
     for start in (classifier(3, seed=5), loud(bigs.BiGS(CONFIG, seed=5), 3.0)):
         found = bigs.classifier_on(start, TOY, 1, 4)
-        assert (
-            same(start, found, "encoder")
-            and same(fresh, found, "classifier")
-            and found.config.num_labels == 4
-        )
+        assert same(start, found, "encoder")
+        assert same(fresh, found, "classifier")
+        assert found.config.num_labels == 4
         assert start.task == "masked_lm" or same(start, found, "pooler")
     ids, mask, types = bigs.cut(TOY, np.arange(40), 16)
     spread = np.std(
@@ -538,11 +526,9 @@ def test_hopeless_settings_are_named():
 
 def official_file(name, split):
     """Forty rows that begin with a word that tells the label."""
-    rng, task, tested = (
-        np.random.default_rng(len(split)),
-        bigs.GLUE[name],
-        split.startswith("test"),
-    )
+    rng = np.random.default_rng(len(split))
+    task = bigs.GLUE[name]
+    tested = split.startswith("test")
     columns = ["index", *task.texts] if tested else COLUMNS[name].split()
     lines = [] if name == "cola" and not tested else ["\t".join(columns)]
     for i, kind in enumerate(rng.permutation(40) % (len(task.labels) or 11)):
@@ -603,7 +589,8 @@ def asked(monkeypatch):
     """Runs asked for; none is trained, but scores, or raises, what is given for its
     variant, seed, rate or task.
     """
-    calls, script = [], {}
+    calls = []
+    script = {}
 
     def tune(name, splits, start, tokenizer, tuning, variant, seed):
         calls.append((name, variant, seed))
@@ -617,10 +604,8 @@ def asked(monkeypatch):
         )
         if isinstance(score, BaseException):
             raise score
-        dev, labels = (
-            {SPLITS[name][1]: dict.fromkeys(bigs.GLUE[name].metrics, score)},
-            len(bigs.GLUE[name].labels),
-        )
+        dev = {SPLITS[name][1]: dict.fromkeys(bigs.GLUE[name].metrics, score)}
+        labels = len(bigs.GLUE[name].labels)
         return {
             "variant": variant,
             "tuning": asdict(tuning),
@@ -654,9 +639,8 @@ def test_tasks_start_where_they_should(made, tmp_path, asked):
         (tmp_path, made / "runs/stsb"),
     ):
         found = json.loads((output / "results.json").read_text())
-        assert next(iter(found)) == "mnli" and {
-            name: found[name]["model"] for name in ("mnli", "rte", "cola")
-        } == {
+        assert next(iter(found)) == "mnli"
+        assert {name: found[name]["model"] for name in ("mnli", "rte", "cola")} == {
             "mnli": str(made / "model"),
             "rte": str(after),
             "cola": str(made / "model"),
@@ -665,11 +649,9 @@ def test_tasks_start_where_they_should(made, tmp_path, asked):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_answers_are_those_of_the_saved_model(made, name):
-    task, splits, (_, dev, test) = (
-        bigs.GLUE[name],
-        bigs.task_texts(name, made / "glue"),
-        SPLITS[name],
-    )
+    task = bigs.GLUE[name]
+    splits = bigs.task_texts(name, made / "glue")
+    (_, dev, test) = SPLITS[name]
     model = bigs.from_pretrained(made / "runs" / name)
     outputs = {
         split: bigs.predict(
@@ -690,21 +672,15 @@ def test_answers_are_those_of_the_saved_model(made, name):
     assert record["best"][dev] == pytest.approx(
         bigs.task_scores(task, outputs[dev], splits[dev].labels)
     )
-    assert (
-        max(record["evaluations"]) == record["best"][dev][task.metrics[0]]
-        and len(set(words)) > 1
-    )
-    assert (
-        record["evaluations"][-1] == record["last"][dev][task.metrics[0]]
-        and len(record["evaluations"]) == 8
-    )
+    assert max(record["evaluations"]) == record["best"][dev][task.metrics[0]]
+    assert len(set(words)) > 1
+    assert record["evaluations"][-1] == record["last"][dev][task.metrics[0]]
+    assert len(record["evaluations"]) == 8
 
 
 def test_a_record_tells_the_best_model_from_the_last(made):
-    splits, tuning = (
-        bigs.task_texts("stsb", made / "glue"),
-        bigs.Tuning(learning_rate=0.1, batch=8, epochs=4),
-    )
+    splits = bigs.task_texts("stsb", made / "glue")
+    tuning = bigs.Tuning(learning_rate=0.1, batch=8, epochs=4)
     found, _ = bigs.tune(
         "stsb", splits, bigs.BiGS(CONFIG, seed=3), TOKENIZER, tuning, "pretrained", 0
     )
@@ -716,7 +692,10 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
     made, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(made / "runs", tmp_path, dirs_exist_ok=True)
-    before, tune, calls, times = read(tmp_path), bigs.tune, [], []
+    before = read(tmp_path)
+    tune = bigs.tune
+    calls = []
+    times = []
     monkeypatch.setattr(
         bigs, "tune", lambda *given: calls.append((given[0], given[5])) or tune(*given)
     )
@@ -729,21 +708,17 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
         for line in told
         if "left out, there is no train set in" in line
     ]
-    assert (
-        left == 2 * ["qnli", "qqp", "sst2", "mrpc", "wnli"]
-        and calls == []
-        and times[0] == times[1]
-    )
+    assert left == 2 * ["qnli", "qqp", "sst2", "mrpc", "wnli"]
+    assert calls == []
+    assert times[0] == times[1]
     (tmp_path / "rte/pretrained-0.json").unlink()
     command(made, tmp_path, "--task", "rte", "--variants", *bigs.GLUE_VARIANTS)
     after = {
         file: record | {"seconds": before.get(file, record)["seconds"]}
         for file, record in read(tmp_path).items()
     }
-    assert (
-        calls == [("rte", variant) for variant in bigs.GLUE_VARIANTS]
-        and before.items() <= after.items()
-    )
+    assert calls == [("rte", variant) for variant in bigs.GLUE_VARIANTS]
+    assert before.items() <= after.items()
     tunings = [
         after[f"rte/{variant.replace(' ', '-')}-0.json"]["tuning"]
         for variant in bigs.GLUE_VARIANTS
@@ -757,7 +732,7 @@ def test_a_second_call_runs_only_what_is_lost_or_new(
 
 
 @pytest.mark.parametrize(
-    "field, change",
+    ("field", "change"),
     [
         ("batch", ()),
         ("epochs", ()),
@@ -781,7 +756,8 @@ def test_a_folder_belongs_to_one_setting(made, tmp_path, asked, capsys, field, c
     )
     with pytest.raises(SystemExit, match="2"):
         command(made, tmp_path / "runs", "--task", "cola", **{field: given})
-    assert f"error: {field}: " in capsys.readouterr().err and asked[0] == []
+    assert f"error: {field}: " in capsys.readouterr().err
+    assert asked[0] == []
 
 
 def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
@@ -812,10 +788,8 @@ def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
         (max(record["evaluations"]), record["tuning"]["learning_rate"])
         for record in read(tmp_path, "cola/search/*/*-0.json").values()
     )
-    assert (
-        searched == [(0.2, 0.1), (0.4, 0.3), (0.7, 0.2)]
-        and calls[:3] == [("cola", "padded", 0)] * 3
-    )
+    assert searched == [(0.2, 0.1), (0.4, 0.3), (0.7, 0.2)]
+    assert calls[:3] == [("cola", "padded", 0)] * 3
     assert calls[3:] == [
         ("cola", variant, seed)
         for seed in range(3)
@@ -849,11 +823,11 @@ def test_the_best_of_a_search_is_run_with_all_seeds_and_the_best_of_these_kept(
         "padded",
         learning_rate=None,
     )
-    assert same(bigs.from_pretrained(tmp_path / "cola"), kept) and len(calls) == 10
+    assert same(bigs.from_pretrained(tmp_path / "cola"), kept)
+    assert len(calls) == 10
     assert not list(tmp_path.glob("cola/search/*/config.json"))
-    assert len(bigs.Grid().tunings(True, 1024)) == 60 and bigs.Grid().tunings(
-        False, 1024
-    ) == [bigs.Tuning()]
+    assert len(bigs.Grid().tunings(True, 1024)) == 60
+    assert bigs.Grid().tunings(False, 1024) == [bigs.Tuning()]
 
 
 def test_a_killed_command_goes_on_with_the_next_run(made, tmp_path, asked):
@@ -861,18 +835,16 @@ def test_a_killed_command_goes_on_with_the_next_run(made, tmp_path, asked):
     script["rte"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         command(made, tmp_path, "--task", "mnli", "rte", "cola")
-    assert calls.pop()[0] == "rte" and list(first := read(tmp_path)) == [
-        "mnli/pretrained-0.json"
-    ]
+    assert calls.pop()[0] == "rte"
+    assert list(first := read(tmp_path)) == ["mnli/pretrained-0.json"]
     script.clear()
     command(made, tmp_path, "--task", "mnli", "rte", "cola")
-    assert [call[0] for call in calls] == ["mnli", "rte", "cola"] and first == read(
-        tmp_path, "mnli/*-0.json"
-    )
+    assert [call[0] for call in calls] == ["mnli", "rte", "cola"]
+    assert first == read(tmp_path, "mnli/*-0.json")
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (("--task", "soup"), "task: 'soup' does not exist; choose one of mnli, "),
         (
@@ -915,11 +887,9 @@ def test_mistakes_are_told_in_one_line(
             **({} if arguments else {"data": None}),
         )
     err = capsys.readouterr().err.splitlines()
-    assert (
-        err[-1].startswith(f"error: {message}")
-        and all("left out" in line for line in err[:-1])
-        and asked[0] == []
-    )
+    assert err[-1].startswith(f"error: {message}")
+    assert all("left out" in line for line in err[:-1])
+    assert asked[0] == []
 
 
 def test_cut_batches_were_measured_to_be_faster_at_equal_scores():
@@ -933,7 +903,8 @@ def test_cut_batches_were_measured_to_be_faster_at_equal_scores():
             np.array(found["variants"][kind]["last"][found["dev"]][found["metric"]])
             for kind in ("pretrained", "padded")
         )
-        assert len(cut) == len(padded) == 3 and bigs.cut_speed(task) >= 3
+        assert len(cut) == len(padded) == 3
+        assert bigs.cut_speed(task) >= 3
         assert abs(cut.mean() - padded.mean()) <= 2 * np.hypot(
             cut.std(ddof=1), padded.std(ddof=1)
         ), task

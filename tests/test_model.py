@@ -40,7 +40,7 @@ CALL = jax.jit(lambda model, *inputs: model(*inputs))
 
 
 @pytest.mark.parametrize(
-    "task, shape",
+    ("task", "shape"),
     [
         ("masked_lm", (3, 12, 60)),
         ("sequence_classification", (3, 2)),
@@ -73,7 +73,8 @@ def test_parameter_counts():
         - bigs.parameters(bigs.base)
         == 3968 * 768
     )
-    d, N = 1024, 64
+    d = 1024
+    N = 64
     layer = bigs.parameters(bigs.large) - bigs.parameters(
         replace(bigs.large, num_hidden_layers=22)
     )
@@ -106,10 +107,8 @@ def test_a_layer_reads_both_directions_and_each_ssm_its_own(kind):
     layer = (bigs.GatedLayer if kind == "gated" else bigs.StackLayer)(
         config, bigs.nnx.Rngs(0)
     )
-    x, mask = (
-        jnp.asarray(np.random.default_rng(1).normal(size=(7, 1, 16)), jnp.float32),
-        jnp.ones((7, 1), bool),
-    )
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(7, 1, 16)), jnp.float32)
+    mask = jnp.ones((7, 1), bool)
 
     def heard():
         J = jax.jacobian(lambda x: layer(x, mask))(x)
@@ -127,10 +126,8 @@ def test_reversal_symmetry_of_the_gated_layer():
     nothing else happens.
     """
     layer = bigs.GatedLayer(SMALL, bigs.nnx.Rngs(0))
-    x, mask = (
-        jnp.asarray(np.random.default_rng(1).normal(size=(9, 2, 16)), jnp.float32),
-        jnp.ones((9, 2), bool),
-    )
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 2, 16)), jnp.float32)
+    mask = jnp.ones((9, 2), bool)
     y = layer(x, mask)
     layer.forward, layer.backward = layer.backward, layer.forward
     layer.W_f, layer.W_b = layer.W_b, layer.W_f
@@ -150,13 +147,14 @@ def test_reversal_symmetry_of_the_gated_layer():
         {"pre_norm": False},
     ],
 )
-@pytest.mark.parametrize("scale, tolerance", [(0.02, 1e-6), (0.3, 1e-5)])
+@pytest.mark.parametrize(("scale", "tolerance"), [(0.02, 1e-6), (0.3, 1e-5)])
 def test_chosen_positions_are_those_of_all_logits(
     rival, rows, scale, tolerance, monkeypatch
 ):
     monkeypatch.setattr(bigs, "unrolled", lambda layers: rows)
     config = replace(SMALL, num_attention_heads=2, initializer_range=scale, **rival)
-    model, positions = fresh(config), np.array([[1, 4], [0, 11], [2, 2]])
+    model = fresh(config)
+    positions = np.array([[1, 4], [0, 11], [2, 2]])
     mask = np.arange(12) < np.array([[12], [12], [7]])
     some = jax.jit(lambda model: bigs.masked_logits(model, positions, IDS, mask))(model)
     every = jax.jit(
@@ -171,12 +169,13 @@ def test_chosen_positions_are_those_of_all_logits(
 
 
 def test_scanned_unrolled_and_rematerialized_agree(monkeypatch):
-    model, ones = fresh(SMALL), np.ones(IDS.shape, bool)
+    model = fresh(SMALL)
+    ones = np.ones(IDS.shape, bool)
 
     def loss(m, **how):
         return (
             bigs.masked_logits(m, np.array([[1], [2], [3]]), IDS, ones, **how) ** 2
-        ).sum()  # noqa: E731
+        ).sum()
 
     plain = jax.jit(jax.grad(loss))(model)
     remat = jax.jit(jax.grad(lambda m: loss(m, remat=True)))(model)
@@ -199,7 +198,8 @@ def test_bfloat16_is_near_float32():
     wide = fresh(SMALL)
     narrow = fresh(replace(SMALL, dtype="bfloat16"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow))
-    a, b = CALL(wide, IDS), CALL(narrow, IDS)
+    a = CALL(wide, IDS)
+    b = CALL(narrow, IDS)
     assert np.abs(a - b).max() < 0.1 * np.asarray(a).std()
 
 
@@ -211,7 +211,7 @@ def test_too_long_a_text_is_refused():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("scaling", "x"),
         ("block", "x"),
@@ -242,10 +242,8 @@ def test_what_a_tokenizer_returns_goes_in(tokenizer, mask_padding):
     model = fresh(replace(SMALL, mask_padding=mask_padding))
     together = tokenizer(TEXTS, padding=True, return_tensors="np")
     logits = model(**together)
-    assert (
-        logits.shape == (*together["input_ids"].shape, 60)
-        and logits.dtype == jnp.float32
-    )
+    assert logits.shape == (*together["input_ids"].shape, 60)
+    assert logits.dtype == jnp.float32
     for row, text in enumerate(TEXTS):
         inputs = tokenizer(text, return_tensors="np")
         alone = model(**inputs)
@@ -275,7 +273,8 @@ def test_one_compilation_for_each_shape(monkeypatch, mask_padding):
     config = replace(
         SMALL, mask_padding=mask_padding, vocab_size=61
     )  # a program that no other test has compiled
-    model, other = fresh(config), fresh(config, seed=1)
+    model = fresh(config)
+    other = fresh(config, seed=1)
     for _ in range(2):
         model(IDS)
         model(IDS, np.ones_like(IDS))
@@ -288,7 +287,7 @@ def test_one_compilation_for_each_shape(monkeypatch, mask_padding):
 
 
 @pytest.mark.parametrize(
-    "ids, message",
+    ("ids", "message"),
     [
         (np.array([[3, 60]]), "60 is none of this model's 60 words"),
         (np.ones(5, int), "shape .5,., but this task reads"),
@@ -310,7 +309,7 @@ def test_a_mask_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("name", bigs.RIVALS)
 @pytest.mark.parametrize(
-    "convolution, L",
+    ("convolution", "L"),
     [
         ("fft", 128),
         ("fft", 4096),
@@ -331,10 +330,8 @@ def test_operations_are_those_that_the_compiler_finds(name, convolution, L):
         pytest.skip("nothing is convolved")
     kind = bigs.GatedLayer if config.block == "gated" else bigs.StackLayer
     layer = jax.eval_shape(lambda: kind(config, bigs.nnx.Rngs(0)))
-    x, mask = (
-        jax.ShapeDtypeStruct((L, 1, 1024), jnp.float32),
-        jax.ShapeDtypeStruct((L, 1), bool),
-    )
+    x = jax.ShapeDtypeStruct((L, 1, 1024), jnp.float32)
+    mask = jax.ShapeDtypeStruct((L, 1), bool)
     compiled = (
         jax.jit(lambda layer, x, mask: layer(x, mask)).lower(layer, x, mask).compile()
     )
@@ -361,7 +358,8 @@ def test_operations_of_a_step_are_those_that_the_compiler_finds(name):
     rows = bigs.Rows(
         np.random.default_rng(0).integers(5, 2000, (8, 128)), 2000, 4, (0, 2, 3)
     )
-    batch, model = bigs.batch_at(rows, 8, 0, 0), jax.eval_shape(lambda: fresh(config))
+    batch = bigs.batch_at(rows, 8, 0, 0)
+    model = jax.eval_shape(lambda: fresh(config))
     compiled = (
         jax.jit(lambda model: bigs.batch_loss(model, batch)).lower(model).compile()
     )
@@ -391,11 +389,9 @@ def test_operations_reproduce_table_8():
 
 def test_dropout_before_every_label_but_those_of_questions():
     """As in the authors' code, a question-answering head has none."""
-    x, mask, key = (
-        jax.random.normal(jax.random.key(0), (7, 3, 16)),
-        jnp.ones((3, 7), bool),
-        jax.random.key(1),
-    )
+    x = jax.random.normal(jax.random.key(0), (7, 3, 16))
+    mask = jnp.ones((3, 7), bool)
+    key = jax.random.key(1)
     config = bigs.Config(50, 16, 1, 48, num_ssm=4, hidden_dropout_prob=0.5)
     for task in (
         "sequence_classification",

@@ -132,16 +132,18 @@ def test_a_failing_cell_leaves_the_old_notebook(built):
 def test_page_stands_alone(built, build):
     build.build(built / "one.ipynb", built / "index.html")
     page = (built / "index.html").read_text()
-    assert build.FETCHED.findall(page) == [] and "<script" not in page
-    assert (
-        page.count("<math ") == 3
-        and page.count('"katex-tag"') == 1
-        and "katex-error" not in page
-    )
-    assert re.search(r'<img [^>]*alt="A dot"', page) and page.count("<figcaption>") == 1
+    assert build.FETCHED.findall(page) == []
+    assert "<script" not in page
+    assert page.count("<math ") == 3
+    assert page.count('"katex-tag"') == 1
+    assert "katex-error" not in page
+    assert re.search(r'<img [^>]*alt="A dot"', page)
+    assert page.count("<figcaption>") == 1
     # The table of contents leads to the rooms.
-    assert 'href="#0-front"' in page and 'id="0-front"' in page
-    assert "IPython.core" not in page and "<em>A dot.</em>" not in page
+    assert 'href="#0-front"' in page
+    assert 'id="0-front"' in page
+    assert "IPython.core" not in page
+    assert "<em>A dot.</em>" not in page
     assert (
         "test_page.py" not in page
     )  # a link that leads nowhere while there is no address
@@ -155,10 +157,8 @@ def test_names_lead_to_their_definitions(built, build):
         assert f'<a href="#def-double"><code>{code}</code></a>' in page
     assert page.count('href="#def-double"') == 3  # the third is its own address
     assert "<details><summary>Code: <code>double</code></summary>" in page
-    assert (
-        '<span class="do">&quot;Twice as much.&quot;</span>' in page
-        and '<span class="co"># twice</span>' in page
-    )
+    assert '<span class="do">&quot;Twice as much.&quot;</span>' in page
+    assert '<span class="co"># twice</span>' in page
 
 
 def test_page_refuses_a_formula_it_cannot_set(built, build):
@@ -204,7 +204,8 @@ def test_what_would_be_fetched_is_noticed(tag):
 
 def test_text_alone_can_be_renewed(built):
     """Prose may change without running anything; code may not."""
-    script, target = built / "prose.py", built / "prose.ipynb"
+    script = built / "prose.py"
+    target = built / "prose.ipynb"
     target.write_bytes((built / "one.ipynb").read_bytes())
     script.write_text(SCRIPT.replace("# # The Title", "# # Another Title"))
     load("notebook").build(script, target, timeout=60, text=True)
@@ -231,7 +232,10 @@ class Tags(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.ids, self.targets, self.text, self.path = [], [], [], []
+        self.ids = []
+        self.targets = []
+        self.text = []
+        self.path = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -266,7 +270,8 @@ def test_page_is_light(page):
 
 def test_every_anchor_resolves(page):
     assert len(page.tags.ids) == len(set(page.tags.ids))
-    assert set(page.tags.targets) <= set(page.tags.ids) and len(page.tags.targets) > 100
+    assert set(page.tags.targets) <= set(page.tags.ids)
+    assert len(page.tags.targets) > 100
 
 
 def test_every_definition_has_an_anchor(page):
@@ -290,7 +295,8 @@ def test_every_definition_has_an_anchor(page):
 def test_every_formula_is_set(page):
     text = "".join(page.tags.text)
     assert page.text.count('class="katex"') == page.text.count("<math ") > 100
-    assert "katex-error" not in page.text and 'class="math' not in page.text
+    assert "katex-error" not in page.text
+    assert 'class="math' not in page.text
     assert not re.search(r"\$|\\[a-z]+", text)
 
 

@@ -80,10 +80,8 @@ def test_outputs_are_the_authors(name, convolution):
 
 
 def test_kernels_are_the_authors():
-    model, stored = (
-        bigs.from_pretrained(GOLDEN / "mlm"),
-        np.load(GOLDEN / "mlm" / "golden.npz"),
-    )
+    model = bigs.from_pretrained(GOLDEN / "mlm")
+    stored = np.load(GOLDEN / "mlm" / "golden.npz")
     ours = bigs.kernels_of(model)
     for layer in range(3):
         for direction, theirs in enumerate(("fs4", "bs4")):
@@ -100,7 +98,9 @@ def test_the_oracle_can_fail():
     assert np.abs(model(*inputs) - logits).max() > 100 * 1e-5 * logits.std()
 
 
-KERNEL, EXACT, TANH = bigs.ssm_kernel, bigs.gelu_exact, bigs.gelu
+KERNEL = bigs.ssm_kernel
+EXACT = bigs.gelu_exact
+TANH = bigs.gelu
 
 
 def with_D_in_one_direction(u, ssm, past=True, algorithm="auto"):
@@ -109,7 +109,7 @@ def with_D_in_one_direction(u, ssm, past=True, algorithm="auto"):
 
 
 @pytest.mark.parametrize(
-    "name, patch, changes, effect",
+    ("name", "patch", "changes", "effect"),
     [
         ("mlm", {}, {"pre_norm": False}, 1.6),
         ("mlm", {"gelu": EXACT}, {}, 1.1e-5),
@@ -145,11 +145,11 @@ def test_what_is_given_without_padding_gets_the_authors_answer(name):
     users to do.
     """
     inputs, logits = golden(name)
-    model, lengths = bigs.from_pretrained(GOLDEN / name), inputs[1].sum(1)
+    model = bigs.from_pretrained(GOLDEN / name)
+    lengths = inputs[1].sum(1)
     assert lengths.min() < 64, "no padding in the golden inputs"
-    assert (
-        inputs[0][inputs[1] == 0] == model.config.pad_token_id
-    ).all() and not inputs[2][inputs[1] == 0].any()
+    assert (inputs[0][inputs[1] == 0] == model.config.pad_token_id).all()
+    assert not inputs[2][inputs[1] == 0].any()
     for row, length in enumerate(lengths):
         short = model(*(a[row : row + 1, :length] for a in inputs))[0]
         theirs = logits[row, :length] if name == "mlm" else logits[row]
@@ -167,13 +167,12 @@ def test_what_is_given_without_padding_gets_the_authors_answer(name):
     ],
 )
 def test_padding_that_is_masked_changes_nothing(task):
-    model, most = moved(SMALL, task), 0.0
+    model = moved(SMALL, task)
+    most = 0.0
     alone = model(IDS)
     for length in (13, 20, 32):
-        padded, mask = (
-            np.full((3, length), 7),
-            np.broadcast_to(np.arange(length) < 12, (3, length)),
-        )
+        padded = np.full((3, length), 7)
+        mask = np.broadcast_to(np.arange(length) < 12, (3, length))
         padded[:, :12] = IDS
         for a, b in zip(
             jax.tree.leaves(alone), jax.tree.leaves(model(padded, mask)), strict=True
@@ -222,20 +221,23 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    "task, changes", TASKS + [("sequence_classification", change) for change in SHAPES]
+    ("task", "changes"),
+    TASKS + [("sequence_classification", change) for change in SHAPES],
 )
 def test_what_is_written_is_read_back(tmp_path, task, changes):
     model = moved(replace(SMALL, **changes), task)
     bigs.save_pretrained(model, tmp_path)
     again = bigs.from_pretrained(tmp_path)
-    assert again.config == model.config and again.task == task
+    assert again.config == model.config
+    assert again.task == task
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_written_files_are_the_same(tmp_path):
     bigs.save_pretrained(bigs.from_pretrained(GOLDEN / "mlm"), tmp_path)
-    ours, theirs = flat_tree(tmp_path), flat_tree()
+    ours = flat_tree(tmp_path)
+    theirs = flat_tree()
     assert set(ours) == set(theirs)
     for name, array in theirs.items():
         assert ours[name].dtype == np.float32
@@ -362,7 +364,7 @@ def renamed(flat, old, new):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             lambda t: t.pop(ending(t, "layer/1/dol/kernel")),
@@ -434,7 +436,7 @@ def test_misfitting_weights_are_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    "field, value, message",
+    ("field", "value", "message"),
     [
         ("num_hidden_layers", 4, "lack s4_bert/encoder/layer/3"),
         ("num_hidden_layers", 2, "no place for: .*layer/2/"),
@@ -621,7 +623,8 @@ def test_the_published_weights_say_the_published_words():
         ).close()
     except OSError as error:
         pytest.skip(f"the hub cannot be reached, so {name} was NOT checked ({error})")
-    model, tokenizer = bigs.from_pretrained(name), bigs.load_tokenizer(name)
+    model = bigs.from_pretrained(name)
+    tokenizer = bigs.load_tokenizer(name)
     for text, expected in DEMO.items():
         found = bigs.fill_mask(model, tokenizer, text, 10)[0]
         assert [word for word, _ in found] == [word for word, _ in expected]
@@ -642,7 +645,8 @@ def test_a_model_for_longer_texts(rows):
     assert longer.config == replace(SMALL, max_position_embeddings=80)
     np.testing.assert_allclose(longer(IDS), model(IDS), atol=1e-6)
     long = np.random.default_rng(2).integers(5, 60, (2, 80))
-    assert longer(long).shape == (2, 80, 60) and np.isfinite(longer(long)).all()
+    assert longer(long).shape == (2, 80, 60)
+    assert np.isfinite(longer(long)).all()
     table, old = (
         np.asarray(m.encoder.positions.embedding[...]) for m in (longer, model)
     )

@@ -14,77 +14,40 @@ import sys
 import time
 from dataclasses import asdict, replace
 
+import commands
 import jax
 import numpy as np
 import pytest
-from test_commands import PRETRAIN, project  # noqa: F401, a fixture
-from test_training import RECIPE, ROOT, SMALL, bigs, dataset, leaves
+import small
+
+import annotated_bigs as bigs
 
 LONG = dict(steps=60, save_every=5, log_every=5, evaluate_every=20)
 SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
 
-# One process of a run. The plan may hold it at a step until a file "go" appears, fill
-# the disk before a step, or leave.
-WORKER = """
-import json, resource, sys, time
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from test_training import RECIPE, SMALL, Path, bigs, dataset, jax, replace
-plan = json.loads(sys.argv[2])
-output, make, number = Path(plan["output"]), bigs.make_step, 0
-jax.config.update("jax_compilation_cache_dir", plan["compiled"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-bigs.join_processes(plan.get("distributed", ""))
-bigs.product_rate = lambda dtype: 1e9
-
-def make_step(recipe):
-    step = make(recipe)
-    def once(state, batch):
-        global number
-        number = int(state.step) + 1
-        while number == plan.get("hold") and not (output / "go").exists():
-            (output / "held").touch()
-            time.sleep(0.05)
-        if number == plan.get("full"):
-            while not (output / "checkpoints" / "10").exists():
-                time.sleep(0.05)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        time.sleep(plan.get("pause", 0))
-        return step(state, batch)
-    return once
-
-bigs.make_step = make_step
-try:
-    with bigs.leaving_on_request() as asked:
-        stop = lambda: asked() or number == plan.get("leave")
-        recipe = replace(RECIPE, **plan["recipe"])
-        run = bigs.pretrain(SMALL, recipe, dataset(), output, True, stop=stop)
-except bigs.UserError as error:
-    sys.exit(f"error: {error}")
-print("stopped at", run.history[-1]["step"])
-"""
-
 
 @pytest.fixture(scope="module")
-def begin(tmp_path_factory):
-    """Starts one process of a run; what still lives at the end is killed."""
-    compiled, living = str(tmp_path_factory.mktemp("compiled")), []
+def begin():
+    """Starts process.py, one process of a run; what lives at the end is killed."""
+    living = []
 
     def start(output, recipe, devices=1, **plan):
-        plan |= {"output": str(output), "recipe": recipe, "compiled": compiled}
-        flags = (
-            f"{os.environ.get('XLA_FLAGS', '')}"
-            f" --xla_force_host_platform_device_count={devices}"
+        plan |= {"output": str(output), "recipe": recipe}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        process = subprocess.Popen(
+            [sys.executable, small.ROOT / "tests" / "process.py", json.dumps(plan)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(small.ROOT),
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                "JAX_PLATFORMS": "cpu",
+            },
         )
-        living.append(
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(ROOT), json.dumps(plan)],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-            )
-        )
-        return living[-1]
+        living.append(process)
+        return process
 
     yield start
     for process in living:
@@ -100,21 +63,38 @@ def finish(*processes, status=0, seconds=180):
     return found[0]
 
 
+def run_here(output, recipe, leave=None):
+    """Begin the run or go on with it, in this process, and leave after a step if told
+    to.
+    """
+    stops = iter(step == leave for step in range(1, 1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bigs, "product_rate", lambda dtype: 1e9)
+        recipe = replace(small.RECIPE, **recipe)
+        bigs.pretrain(
+            small.CONFIG,
+            recipe,
+            small.dataset(),
+            output,
+            resume=True,
+            stop=lambda: next(stops),
+        )
+
+
 def wait_for(condition, process=None, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and (
-            process is None or process.poll() is None
-        )
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.002)
 
 
 def records(output, *kinds):
     """The log without what measures time; of the given kinds only, if any."""
     return [
-        {k: r[k] for k in ("step", "loss", "heldout") if k in r}
-        for r in bigs.read_log(output)
-        if not kinds or any(kind in r for kind in kinds)
+        {key: record[key] for key in ("step", "loss", "heldout") if key in record}
+        for record in bigs.read_log(output)
+        if not kinds or any(kind in record for kind in kinds)
     ]
 
 
@@ -123,41 +103,40 @@ def reached(output):
 
 
 def last_state(output, recipe):
+    empty = bigs.fresh_state(small.CONFIG, replace(small.RECIPE, **recipe))
     with bigs.checkpoints(output) as manager:
-        return bigs.restore(manager, bigs.fresh_state(SMALL, replace(RECIPE, **recipe)))
+        return bigs.restore(manager, empty)
 
 
 def assert_same_run(a, b, recipe, log=True):
     """Bitwise: the published parameters, and step, parameters and moments of the last
     checkpoint.
     """
-    assert (a / "flax_model.msgpack").read_bytes() == (
-        b / "flax_model.msgpack"
-    ).read_bytes()
-    for one, other in zip(
-        leaves(last_state(a, recipe)), leaves(last_state(b, recipe)), strict=True
-    ):
+    models = [(output / "flax_model.msgpack").read_bytes() for output in (a, b)]
+    assert models[0] == models[1]
+    states = [small.leaves(last_state(output, recipe)) for output in (a, b)]
+    for one, other in zip(*states, strict=True):
         assert one.tobytes() == other.tobytes()
-    assert not log or records(a) == records(b)
+    if log:
+        assert records(a) == records(b)
 
 
 @pytest.fixture(scope="module")
-def whole(begin, tmp_path_factory):
+def whole(tmp_path_factory):
     """A run that nobody disturbed."""
     output = tmp_path_factory.mktemp("whole")
-    finish(begin(output, LONG))
-    assert [r["step"] for r in records(output, "loss")] == list(range(5, 61, 5))
+    run_here(output, LONG)
+    steps = [record["step"] for record in records(output, "loss")]
+    assert steps == list(range(5, 61, 5))
     return output
 
 
 @pytest.fixture(scope="module")
-def left(begin, tmp_path_factory):
+def left(tmp_path_factory):
     output = tmp_path_factory.mktemp("left")
-    finish(begin(output, LONG, leave=12))
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
-        "10",
-        "12",
-    ]
+    run_here(output, LONG, leave=12)
+    saved = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert saved == ["10", "12"]
     return output
 
 
@@ -167,189 +146,184 @@ def half(left, tmp_path):
     return shutil.copytree(left, tmp_path / "half")
 
 
+# Kills and signals
+
+
 @pytest.mark.slow
 def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
-    luck, output, leftovers = random.Random(0), tmp_path / "killed", 0
+    chance = random.Random(0)
+    output = tmp_path / "killed"
+    leftovers = 0
+
+    def is_saving():
+        return list(output.glob("checkpoints/*tmp*"))
+
     for kill in range(10):
         process = begin(output, LONG)
         if kill in (0, 4, 7):  # at start-up, from Python's to the first step
-            time.sleep(luck.uniform(0.2, 3))
+            time.sleep(chance.uniform(0.2, 3))
         else:
             wait_for(lambda goal=5 * kill: reached(output) >= goal, process)
             if kill % 2:  # while stepping
-                time.sleep(luck.uniform(0, 0.2))
-            else:  # while saving
-                wait_for(lambda: list(output.glob("checkpoints/*tmp*")), process)
+                time.sleep(chance.uniform(0, 0.2))
+            else:
+                wait_for(is_saving, process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        leftovers += bool(list(output.glob("checkpoints/*tmp*")))
+        leftovers += bool(is_saving())
     assert leftovers, "no kill fell into a save"
-    finish(begin(output, LONG))
+    run_here(output, LONG)
     assert_same_run(output, whole, LONG)
 
 
 @pytest.mark.slow
-def test_a_request_to_leave_is_followed(project):  # noqa: F811
-    def start(output, *more):
-        command = [
-            sys.executable,
-            "annotated_bigs.py",
-            *PRETRAIN,
-            "--corpus",
-            "corpus.txt",
-            "--steps",
-            "40",
-        ]
-        return subprocess.Popen(
-            [*command, "--output", output, *more],
-            cwd=project,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
+def test_a_request_to_leave_is_followed(project):
+    pretrain = (*commands.PRETRAIN, "--corpus", "corpus.txt", "--steps", "40")
+    whole = project / "runs/whole"
+    left = project / "runs/left"
+    finish(commands.start(project, *pretrain, "--output", whole))
+    process = commands.start(project, *pretrain, "--output", left)
+    wait_for(lambda: reached(left) >= 10, process)
 
-    finish(start("runs/whole"))
-    left = start("runs/left")
-    wait_for(lambda: reached(project / "runs/left") >= 10, left)
-    left.terminate()
+    process.terminate()
     asked = time.monotonic()
-    out, err = finish(left, status=143)
-    assert time.monotonic() - asked < 20 and "Traceback" not in err
-    step = reached(project / "runs/left")
-    assert (
-        10 < step < 40 and f"stopped at step {step} of 40; go on with --resume" in out
-    )
-    assert [path.name for path in (project / "runs/left/checkpoints").iterdir()] == [
-        str(step)
-    ]
-    finish(start("runs/left", "--resume"))
-    ends = [
-        (project / name / "flax_model.msgpack").read_bytes()
-        for name in ("runs/whole", "runs/left")
-    ]
-    assert ends[0] == ends[1]
-    assert records(project / "runs/whole", "heldout") == records(
-        project / "runs/left", "heldout"
-    )
+    out, err = finish(process, status=143)
+
+    assert time.monotonic() - asked < 20
+    assert "Traceback" not in err
+    step = reached(left)
+    assert 10 < step < 40
+    assert f"stopped at step {step} of 40; go on with --resume" in out
+    assert [path.name for path in (left / "checkpoints").iterdir()] == [str(step)]
+
+    finish(commands.start(project, *pretrain, "--output", left, "--resume"))
+    models = [(run / "flax_model.msgpack").read_bytes() for run in (whole, left)]
+    assert models[0] == models[1]
+    assert records(whole, "heldout") == records(left, "heldout")
 
 
 def test_a_folder_has_one_writer_until_it_is_killed(begin, whole, tmp_path):
     first = begin(tmp_path, LONG, hold=8)
     wait_for((tmp_path / "held").exists, first)
-    before = {
-        name: (tmp_path / name).read_bytes()
-        for name in ("run.json", "log.jsonl", "tokenizer.json")
-    }
-    with pytest.raises(
-        bigs.UserError, match=f"another process is writing to {tmp_path}"
-    ):
-        bigs.pretrain(SMALL, replace(RECIPE, **LONG), dataset(), tmp_path, True)
-    assert all(
-        (tmp_path / name).read_bytes() == content for name, content in before.items()
-    )
+    files = [tmp_path / name for name in ("run.json", "log.jsonl", "tokenizer.json")]
+    before = [file.read_bytes() for file in files]
+
+    rival = f"another process is writing to {tmp_path}"
+    with pytest.raises(bigs.UserError, match=rival):
+        run_here(tmp_path, LONG)
+    assert [file.read_bytes() for file in files] == before
+
     (tmp_path / "go").touch()
     wait_for(lambda: reached(tmp_path) >= 20, first)  # undisturbed
     first.kill()
     first.communicate()
-    finish(begin(tmp_path, LONG))
+    run_here(tmp_path, LONG)
     assert_same_run(tmp_path, whole, LONG)
 
 
-@pytest.mark.parametrize(
-    "field, changes",
-    [
-        ("seed", {"seed": 1}),
-        ("batch", {"batch": 8}),
-        ("steps", {"steps": 70}),
-        ("hidden_size", {}),
-        ("text", {}),
-    ],
-)
-def test_a_run_is_resumed_as_what_it_was(tmp_path, field, changes):
-    data = dataset()._replace(identity="one")
+# Settings
+
+
+CHANGES = {
+    "seed": {"recipe": {"seed": 1}},
+    "batch": {"recipe": {"batch": 8}},
+    "steps": {"recipe": {"steps": 70}},
+    "hidden_size": {"config": {"hidden_size": 32}},
+    "text": {"data": {"identity": "other"}},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_run_is_resumed_as_what_it_was(tmp_path, field):
+    changes = {"config": {}, "recipe": {}, "data": {}} | CHANGES[field]
+    data = small.dataset()._replace(identity="one")
     settings = {
-        "config": asdict(SMALL),
-        "recipe": asdict(RECIPE),
+        "config": asdict(small.CONFIG),
+        "recipe": asdict(small.RECIPE),
         "data": {"text": "one"},
     }
     with bigs.claimed(tmp_path, settings, False):
         before = (tmp_path / "run.json").read_bytes()
-    config = replace(SMALL, hidden_size=32) if field == "hidden_size" else SMALL
-    other = data._replace(identity="other") if field == "text" else data
+
     with pytest.raises(bigs.UserError, match=f"^{field}: .* began with"):
-        bigs.pretrain(config, replace(RECIPE, **changes), other, tmp_path, True)
-    assert (tmp_path / "run.json").read_bytes() == before and not (
-        tmp_path / "log.jsonl"
-    ).exists()
+        bigs.pretrain(
+            replace(small.CONFIG, **changes["config"]),
+            replace(small.RECIPE, **changes["recipe"]),
+            data._replace(**changes["data"]),
+            tmp_path,
+            resume=True,
+        )
+
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_what_changes_no_number_may_change(begin, whole, half):
-    finish(begin(half, LONG | {"save_every": 20, "remat": True, "keep": 3}))
+def test_what_changes_no_number_may_change(whole, half):
+    run_here(half, LONG | {"save_every": 20, "remat": True, "keep": 3})
+
     curves = [
-        [(r["step"], r["heldout"]) for r in records(output, "heldout")]
+        [(record["step"], record["heldout"]) for record in records(output, "heldout")]
         for output in (half, whole)
     ]
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
-def test_a_half_written_checkpoint_is_not_taken(begin, whole, half):
-    unfinished = (
-        half / "checkpoints" / "60.orbax-checkpoint-tmp"
-    )  # whole, but for its name
-    shutil.copytree(whole / "checkpoints" / "60", unfinished)
-    cut = shutil.copytree(
-        whole / "checkpoints" / "60", half / "checkpoints" / "15.orbax-checkpoint-tmp"
-    )
+# Checkpoints
+
+
+def test_a_half_written_checkpoint_is_not_taken(whole, half):
+    last = whole / "checkpoints" / "60"
+    # One is whole but for its name, of the other its files are cut.
+    unfinished = half / "checkpoints" / "60.orbax-checkpoint-tmp"
+    cut = half / "checkpoints" / "15.orbax-checkpoint-tmp"
+    shutil.copytree(last, unfinished)
+    shutil.copytree(last, cut)
     for file in cut.rglob("d/*"):
         os.truncate(file, 10)
-    finish(begin(half, LONG))
+
+    run_here(half, LONG)
+
     assert_same_run(half, whole, LONG, log=False)
-    assert records(half, "heldout") == records(
-        whole, "heldout"
-    )  # it went through all steps
-    assert not unfinished.exists() and not cut.exists()
+    # It went through all steps.
+    assert records(half, "heldout") == records(whole, "heldout")
+    assert not unfinished.exists()
+    assert not cut.exists()
 
 
-def test_a_damaged_checkpoint_is_named(begin, whole, half):
-    for file in (half / "checkpoints" / "12").rglob("d/*"):
+def test_a_damaged_checkpoint_is_named(whole, half):
+    damaged = half / "checkpoints" / "12"
+    for file in damaged.rglob("d/*"):
         os.truncate(file, file.stat().st_size // 2)
-    _, err = finish(begin(half, LONG), status=1)
-    assert (
-        f"error: {half / 'checkpoints' / '12'}: this checkpoint cannot be read" in err
-        and "delete that" in err
-    )
-    shutil.rmtree(half / "checkpoints" / "12")
-    finish(begin(half, LONG))
+    message = f"{damaged}: this checkpoint cannot be read.* delete that"
+    with pytest.raises(bigs.UserError, match=message):
+        run_here(half, LONG)
+    shutil.rmtree(damaged)
+    run_here(half, LONG)
     assert_same_run(half, whole, LONG)
 
 
-@pytest.mark.parametrize(
-    "steps", [15, 20]
-)  # the end of the run, where it waits for the last checkpoint; or a step
+# At step 15 the run waits for its last checkpoint, at step 20 it does not.
+@pytest.mark.parametrize("steps", [15, 20])
 def test_a_full_disk_keeps_the_last_checkpoint(begin, tmp_path, steps):
     recipe = LONG | {"steps": steps}
+
     _, err = finish(begin(tmp_path, recipe, full=14), status=1)
+
     assert int(last_state(tmp_path, recipe).step) == 10
-    message = err.partition("error: ")[2].partition("\n")[
-        0
-    ]  # around it, orbax's threads report, too
-    assert str(tmp_path) in message and "step 15 could not be written" in message, err[
-        -3000:
-    ]
-    assert "too large" in message and "step 10" in message
-    finish(begin(tmp_path, recipe))
-    assert [r["step"] for r in records(tmp_path, "loss")] == list(
-        range(5, steps + 1, 5)
-    )
+    # Around the message, orbax's threads report, too.
+    message = err.partition("error: ")[2].partition("\n")[0]
+    for part in (str(tmp_path), "step 15 could not be written", "too large", "step 10"):
+        assert part in message, err[-3000:]
+    run_here(tmp_path, recipe)
+    logged = [record["step"] for record in records(tmp_path, "loss")]
+    assert logged == list(range(5, steps + 1, 5))
 
 
 def test_a_full_disk_keeps_the_log(tmp_path):
-    content = "".join(
-        json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(0, 100, 10)
-    )
-    (tmp_path / "log.jsonl").write_text(content)
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "loss": 5.0}) for step in range(0, 100, 10)]
+    log.write_text("\n".join(lines) + "\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
@@ -357,47 +331,57 @@ def test_a_full_disk_keeps_the_log(tmp_path):
             bigs.Journal(tmp_path, 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "log.jsonl").read_text() == content
+    assert log.read_text().splitlines() == lines
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+    file = tmp_path / "file"
+    file.write_text("")
+    for output in (file, file / "run"):
         with pytest.raises(bigs.UserError, match=f"output: {output} cannot be written"):
-            bigs.pretrain(SMALL, RECIPE, dataset(), output)
-    assert (tmp_path / "file").read_text() == ""
+            bigs.pretrain(small.CONFIG, small.RECIPE, small.dataset(), output)
+    assert file.read_text() == ""
 
 
-@pytest.mark.parametrize(
-    "after, named", [(6, "step 7;"), (5, "step 6;"), (4, "step 5;")]
-)
-def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, after, named):
-    """Parameters turn into NaN after a step, also after one whose state is saved."""
-    make = bigs.make_step
+def poisoned_after(number, make_step):
+    """make_step whose step leaves NaN for parameters after the given number."""
 
-    def poisoned(recipe):
-        step = make(recipe)
+    def make(recipe):
+        step = make_step(recipe)
 
         def once(state, batch):
             state, loss = step(state, batch)
-            poison = np.nan if state.step == after else 1.0
-            return (
-                state._replace(model=jax.tree.map(lambda x: x * poison, state.model)),
-                loss,
-            )
+            if state.step == number:
+                bad = jax.tree.map(lambda x: x * np.nan, state.model)
+                state = state._replace(model=bad)
+            return state, loss
 
         return once
 
-    monkeypatch.setattr(bigs, "make_step", poisoned)
-    monkeypatch.setattr(bigs, "product_rate", lambda dtype: 1e9)
-    recipe = dict(steps=30, save_every=5 if after > 4 else 3)
-    with pytest.raises(FloatingPointError, match=named) as raised:
-        bigs.pretrain(SMALL, replace(RECIPE, **recipe), dataset(), tmp_path)
+    return make
+
+
+@pytest.mark.parametrize(
+    ("after", "save_every", "named", "kept"),
+    [(6, 5, 7, 5), (5, 5, 6, 0), (4, 3, 5, 3)],
+)
+def test_a_loss_that_is_not_finite_is_named(
+    tmp_path, monkeypatch, after, save_every, named, kept
+):
+    """Also where parameters turn into NaN after a step whose state is to be saved."""
+    recipe = dict(steps=30, save_every=save_every)
+    monkeypatch.setattr(bigs, "make_step", poisoned_after(after, bigs.make_step))
+
+    with pytest.raises(FloatingPointError, match=f"step {named};") as raised:
+        run_here(tmp_path, recipe)
+
     assert str(tmp_path) in str(raised.value)
     state = last_state(tmp_path, recipe)
-    assert int(state.step) == {6: 5, 5: 0, 4: 3}[after] and all(
-        np.isfinite(x).all() for x in leaves(state)
-    )
+    assert int(state.step) == kept
+    assert all(np.isfinite(leaf).all() for leaf in small.leaves(state))
+
+
+# Devices and processes
 
 
 def together(begin, output, recipe, **plan):
@@ -412,19 +396,22 @@ def together(begin, output, recipe, **plan):
 
 
 @pytest.fixture(scope="module")
-def alone(begin, tmp_path_factory):
-    finish(begin(output := tmp_path_factory.mktemp("alone"), SHARED))
+def alone(tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone")
+    run_here(output, SHARED)
     return output
 
 
 def assert_same_curve(a, b):
-    assert reached(a) == RECIPE.steps
+    assert reached(a) == small.RECIPE.steps
     for x, y in zip(records(a), records(b), strict=True):
         assert list(x) == list(y)
         np.testing.assert_allclose(list(x.values()), list(y.values()), rtol=1e-5)
-    models = [leaves(bigs.from_pretrained(output)) for output in (a, b)]
-    for x, y in zip(*models, strict=True):  # as in test_one_device_equals_eight
-        assert np.abs(x - y).max() < 1e-3 and np.median(np.abs(x - y)) < 1e-6
+    models = [small.leaves(bigs.from_pretrained(output)) for output in (a, b)]
+    for x, y in zip(*models, strict=True):
+        difference = np.abs(x - y)  # as in test_one_device_equals_eight
+        assert difference.max() < 1e-3
+        assert np.median(difference) < 1e-6
 
 
 def test_eight_devices_that_split_the_model_train_the_same_curve(
@@ -439,7 +426,7 @@ def test_eight_devices_that_split_the_model_train_the_same_curve(
 @pytest.mark.parametrize("one_began", [False, True])
 def test_two_processes_train_the_same_curve(begin, alone, tmp_path, shard, one_began):
     if one_began:
-        finish(begin(tmp_path, SHARED, leave=10))
+        run_here(tmp_path, SHARED, leave=10)
     finish(*together(begin, tmp_path, SHARED | {"shard": shard}))
     assert_same_curve(tmp_path, alone)
 
@@ -453,31 +440,26 @@ def test_two_processes_leave_together_if_one_is_asked(begin, tmp_path, index):
     pair[index].terminate()
     out, _ = finish(*pair, seconds=60)
     step = reached(tmp_path)
-    assert (
-        10 < step < 100
-        and out.split()[-1] == str(step)
-        and int(last_state(tmp_path, recipe).step) == step
-    )
+    assert 10 < step < 100
+    assert out.split()[-1] == str(step)
+    assert int(last_state(tmp_path, recipe).step) == step
 
 
-def test_an_unfinished_run_can_be_exported(begin, half, tmp_path):
-    (
-        tokenizer := bigs.train_tokenizer(
-            ["to be or not to be that is the question"] * 20, 60
-        )
-    ).save_pretrained(half)
-    going_on = (
-        half / "checkpoints" / "15.orbax-checkpoint-tmp"
-    )  # a save that another process is about to finish
+def test_an_unfinished_run_can_be_exported(half, tmp_path):
+    tokenizer = bigs.train_tokenizer(["to be or not to be"] * 20, 60)
+    tokenizer.save_pretrained(half)
+    # A save that another process is about to finish.
+    going_on = half / "checkpoints" / "15.orbax-checkpoint-tmp"
     going_on.mkdir()
+
     bigs.command_export(half, tmp_path / "model")
+
     assert going_on.exists(), "exporting a run destroyed what it was writing"
-    model, state = bigs.from_pretrained(tmp_path / "model"), last_state(half, LONG)
-    assert int(state.step) == 12
-    for a, b in zip(leaves(model), leaves(state.model), strict=True):
-        assert np.array_equal(a, b)
-    assert (
-        bigs.load_tokenizer(str(tmp_path / "model")).get_vocab()
-        == tokenizer.get_vocab()
-    )
     assert not (half / "flax_model.msgpack").exists()
+    state = last_state(half, LONG)
+    assert int(state.step) == 12
+    model = bigs.from_pretrained(tmp_path / "model")
+    for a, b in zip(*map(small.leaves, (model, state.model)), strict=True):
+        assert np.array_equal(a, b)
+    exported = bigs.load_tokenizer(str(tmp_path / "model"))
+    assert exported.get_vocab() == tokenizer.get_vocab()

@@ -84,7 +84,9 @@ def test_steps_are_spread_evenly_over_layers_and_directions():
     assert np.log(0.01) < found[0] < found[-1] < 0
 
 
-@pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("zero", 0), ("wsd", 0)])
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("cosine", 0.1), ("zero", 0), ("wsd", 0)]
+)
 def test_schedules_rise_and_end(schedule, last):
     way = screening.Way(schedule=schedule, warmup=0.1)
     rate = screening.learning_rate(way, 100, 2.0)

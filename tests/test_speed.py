@@ -3,6 +3,7 @@ compiler asked without a TPU.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -62,7 +63,8 @@ def test_what_needs_too_much_memory_is_planned_and_not_run():
 def test_routes_are_what_they_are_called(route):
     """Each program does the layer's own work, and only the route differs."""
     config = bigs.variant(SMALL, route, 32)
-    layer, x = bigs.one_layer(config), jax.random.normal(jax.random.key(1), (32, 2, 32))
+    layer = bigs.one_layer(config)
+    x = jax.random.normal(jax.random.key(1), (32, 2, 32))
     got = bigs.layer_program("layer, forward", config)(layer, x)
     np.testing.assert_allclose(got, layer(x, np.ones((32, 2), bool)), atol=1e-5)
     moved = (
@@ -75,10 +77,8 @@ def test_routes_are_what_they_are_called(route):
 
 def test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device():
     """The branch for CPUs and the one for the rest give the same numbers."""
-    ssm, u = (
-        bigs.SSM(16, "hippo", bigs.nnx.Rngs(0)),
-        jax.random.normal(jax.random.key(0), (300, 3, 4)),
-    )
+    ssm = bigs.SSM(16, "hippo", bigs.nnx.Rngs(0))
+    u = jax.random.normal(jax.random.key(0), (300, 3, 4))
     for algorithm in ("toeplitz", "blocks", "fft"):
         alone = jax.vmap(
             lambda x, a=algorithm: bigs.convolve(x, ssm.diagonal(), False, a), 1, 1
@@ -88,31 +88,52 @@ def test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device():
         )
 
 
+SIZES = itertools.count(60)
+
+
+def run_python(code):
+    """What a process prints whose programs are compiled as a reader's are."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
 def compile_seconds(config):
+    """Of a step; a vocabulary of another size each time makes it another program."""
+    config = replace(config, vocab_size=next(SIZES))
     recipe = replace(bigs.RECIPES["demonstration"], batch=2, length=32)
     state = jax.eval_shape(lambda: bigs.fresh_state(config, recipe))
-    shape = lambda width: jax.ShapeDtypeStruct((2, width), np.int32)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((2, 32), np.int32)
+    chosen = jax.ShapeDtypeStruct((2, 20), np.int32)
+    batch = bigs.Batch(ids, chosen, chosen)
     start = time.perf_counter()
-    bigs.make_step(recipe).lower(
-        state, bigs.Batch(shape(32), shape(20), shape(20))
-    ).compile()
+    bigs.make_step(recipe).lower(state, batch).compile()
     return time.perf_counter() - start
 
 
-def test_compile_time_does_not_grow_with_layers(monkeypatch):
+@pytest.mark.timing
+def test_compile_time_does_not_grow_with_layers(monkeypatch, timed):
     monkeypatch.setattr(bigs, "unrolled", lambda layers: False)
-    few, many = (
-        replace(SMALL, num_hidden_layers=2),
-        replace(SMALL, num_hidden_layers=23),
-    )
+    few = replace(SMALL, num_hidden_layers=2)
+    many = replace(SMALL, num_hidden_layers=23)
+
+    def ratio():
+        return compile_seconds(many) / compile_seconds(few)
+
     compile_seconds(few)  # whatever is prepared once
-    ratios = [compile_seconds(many) / compile_seconds(few) for _ in range(3)]
-    assert min(ratios) <= 1.5, ratios  # a noisy machine only adds
+    timed("compiling 23 layers by compiling two", ratio, most=1.5)
 
 
 def test_kept_benchmark_bears_out_the_text():
     """The numbers that room 5 and its table rest on, in the committed files."""
-    large, tpu = kept("benchmark.json")["rows"], kept("tpu-v3.json")["rows"]
+    large = kept("benchmark.json")["rows"]
+    tpu = kept("tpu-v3.json")["rows"]
 
     def pick(rows, *key):
         return next(r for r in rows if (r["what"], r["length"], r["route"]) == key)
@@ -142,15 +163,16 @@ def test_kept_benchmark_bears_out_the_text():
         (4096, 1.25, "blocks"),
     ):
         row = pick(tpu, training, length, way)
-        assert row["ratio"] <= most and row["opaque"] == []
+        assert row["ratio"] <= most
+        assert row["opaque"] == []
     assert all(
         row["gigabytes"] < 0.9 * row["available"]
         for row in kept("tpu-v3.json")["memory"]
     )
 
 
-@pytest.mark.slow
-def test_the_matrix_is_five_times_faster_than_the_fft():
+@pytest.mark.timing
+def test_the_matrix_is_five_times_faster_than_the_fft(timed):
     """One convolution of the large layer at 128 tokens, forward, compiled as a reader's
     machine does.
     """
@@ -159,15 +181,11 @@ def test_the_matrix_is_five_times_faster_than_the_fft():
         "rows = b.benchmark(b.large, [128], 2048, 9, ['convolution, forward'])\n"
         "print({r['route']: r['ratio'] for r in rows}['toeplitz'])"
     )
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert float(result.stdout) <= 1 / 5, result.stderr[-2000:]
+
+    def ratio():
+        return float(run_python(code))
+
+    timed("the matrix by the FFT, 128 tokens forward", ratio, most=1 / 5, rounds=1)
 
 
 def test_the_command_writes_what_it_measured(tmp_path):
@@ -195,7 +213,8 @@ def test_the_command_writes_what_it_measured(tmp_path):
     assert found["measured"]["command"].startswith(
         "python annotated_bigs.py benchmark --lengths 32"
     )
-    assert "32 tokens" in result.stdout and len(found["rows"]) == len(bigs.ROUTES)
+    assert "32 tokens" in result.stdout
+    assert len(found["rows"]) == len(bigs.ROUTES)
 
 
 @pytest.mark.slow
@@ -211,18 +230,11 @@ def test_a_tpu_v3_by_its_compiler():
         "rows = b.layers_on_tpu('v3', (128, 512, 4096), ('none', 'auto'))\n"
         "print(json.dumps([rows, b.steps_on_tpu('v3')]))"
     )
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows, steps = json.loads(result.stdout.splitlines()[-1])
+    rows, steps = json.loads(run_python(code).splitlines()[-1])
     ratio = {row["length"]: row["ratio"] for row in rows if row["route"] == "auto"}
-    assert ratio[128] <= 1.07 and ratio[512] <= 1.15 and ratio[4096] <= 1.25, ratio
+    assert ratio[128] <= 1.07
+    assert ratio[512] <= 1.15
+    assert ratio[4096] <= 1.25
     assert all(row["opaque"] == [] for row in rows)
     assert all(
         step["gigabytes"] and step["gigabytes"] < 0.9 * step["available"]

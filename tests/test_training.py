@@ -5,267 +5,156 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import small
 
 import annotated_bigs as bigs
 
-ROOT = Path(__file__).parents[1]
-SMALL = replace(
-    bigs.tiny,
-    vocab_size=200,
-    hidden_size=16,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    max_position_embeddings=32,
-    num_ssm=8,
-)
-RECIPE = bigs.Recipe(
-    steps=12, batch=4, length=32, learning_rate=1e-2, save_every=5, evaluate_every=6
-)
+PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
 
 
-def random_rows(n=64, L=128, V=1000):
-    tokens = np.random.default_rng(0).integers(5, V, (n, L))
-    tokens[:, 0], tokens[:, -1], tokens[:, min(40, L - 2)] = 2, 3, 3
-    return bigs.Rows(tokens, V, 4, (0, 2, 3))
+def steps_of(config, recipe, count):
+    """The parameters and the loss after some steps, each on a batch of its own."""
+    rows = small.random_rows()
+    state = bigs.fresh_state(config, recipe)
+    step = bigs.make_step(recipe)
+    for number in range(count):
+        batch = bigs.batch_at(rows, recipe.batch, 0, number)
+        state, loss = step(state, batch)
+    return [*small.leaves(state.model), np.asarray(loss)]
 
 
-class FakeTokenizer:
-    """Stands in for a tokenizer where only saving is asked of it."""
-
-    def save_pretrained(self, directory):
-        (Path(directory) / "tokenizer.json").write_text("{}")
+def log_of(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def dataset():
-    rows = random_rows(40, 32, 200)
-    return bigs.Dataset(
-        FakeTokenizer(), rows, [bigs.batch_at(rows, 8, 9, 0)], "random tokens"
-    )
+# Batches
 
 
-def test_masking_statistics():
-    rows = random_rows(2000)
-    batch = bigs.mask_tokens(
-        rows,
-        np.arange(2000),
-        np.random.default_rng(1).random((2000, 3, 128), np.float32),
-    )
+@pytest.fixture(scope="module")
+def masked():
+    """Two thousand rows of 128 tokens, and the batch that masks them."""
+    rows = small.random_rows(2000, 128, 1000)
+    numbers = np.random.default_rng(1).random((2000, 3, 128), np.float32)
+    return rows, bigs.mask_tokens(rows, np.arange(2000), numbers)
+
+
+def test_masking_statistics(masked):
+    """Of the masked positions 80 % show [MASK], 10 % their own token, 10 % another."""
+    rows, batch = masked
     asked = batch.labels > 0
     original = np.take_along_axis(rows.tokens, batch.positions, 1)
     shown = np.take_along_axis(batch.input_ids, batch.positions, 1)
-    assert (
-        batch.positions.shape == (2000, 19) and asked.sum(1).max() == 19
-    )  # 15 % of 128
+
+    assert batch.positions.shape == (2000, 19)  # 15 % of 128
+    assert asked.sum(1).max() == 19
     assert np.array_equal(batch.labels[asked], original[asked])
-    n = asked.sum()
-    masked, kept = (shown == 4)[asked].mean(), (shown == original)[asked].mean()
-    for share, expected in ((masked, 0.8), (kept, 0.1), (1 - masked - kept, 0.1)):
-        assert (
-            abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / n) + 0.001
-        )
-    changed = batch.input_ids != rows.tokens
-    assert not changed[:, [0, 40, 127]].any()  # special tokens stay
-    assert all(
-        len(set(p[a])) == a.sum() for p, a in zip(batch.positions, asked, strict=True)
-    )  # no position twice
+    count = asked.sum()
+    mask = (shown == 4)[asked].mean()
+    kept = (shown == original)[asked].mean()
+    for share, expected in ((mask, 0.8), (kept, 0.1), (1 - mask - kept, 0.1)):
+        deviation = np.sqrt(expected * (1 - expected) / count)
+        assert abs(share - expected) < 4 * deviation + 0.001
+
+
+def test_nothing_but_masked_positions_changes(masked):
+    rows, batch = masked
     untouched = np.ones(rows.tokens.shape, bool)
     np.put_along_axis(untouched, batch.positions, False, 1)
+
+    changed = batch.input_ids != rows.tokens
+
     assert not (changed & untouched)[:, 1:].any()
+    assert not changed[:, [0, 40, 127]].any()  # special tokens stay
+
+
+def test_masked_positions_are_drawn_evenly_and_none_twice(masked):
+    _, batch = masked
+    asked = batch.labels > 0
+
     counts = np.bincount(batch.positions[asked], minlength=128)
+
     assert counts[[0, 40, 127]].sum() == 0
     inner = np.delete(counts, [0, 40, 127])
-    assert inner.min() > 0.7 * inner.mean() and inner.max() < 1.3 * inner.mean()
+    assert inner.min() > 0.7 * inner.mean()
+    assert inner.max() < 1.3 * inner.mean()
+    for positions, chosen in zip(batch.positions, asked, strict=True):
+        assert np.unique(positions[chosen]).size == chosen.sum()
 
 
 def test_every_row_is_seen_once_an_epoch_and_orders_differ():
-    rows = random_rows(16, 32, 200)
-    rows = rows._replace(tokens=np.arange(16)[:, None] + np.full((16, 32), 100))
-    seen = [
-        np.median(bigs.batch_at(rows, 4, 0, step).input_ids, axis=1).tolist()
-        for step in range(8)
-    ]
-    first, second = sum(seen[:4], []), sum(seen[4:], [])
-    assert sorted(first) == sorted(second) == list(range(100, 116)) and first != second
+    numbered = np.arange(100, 116)[:, None] + np.zeros((16, 32), int)
+    rows = small.random_rows(16)._replace(tokens=numbered)
+
+    batches = [bigs.batch_at(rows, 4, 0, step) for step in range(8)]
+
+    seen = np.median([batch.input_ids for batch in batches], axis=2)
+    first = seen[:4].ravel().tolist()
+    second = seen[4:].ravel().tolist()
+    assert sorted(first) == list(range(100, 116))
+    assert sorted(second) == list(range(100, 116))
+    assert first != second
 
 
 def test_batches_may_cross_epochs():
-    rows = random_rows(6, 32, 200)
+    rows = small.random_rows(6)
     assert bigs.batch_at(rows, 4, 0, 1).input_ids.shape == (4, 32)
     assert bigs.batch_at(rows, 16, 0, 0).input_ids.shape == (16, 32)
 
 
-def test_schedule_endpoints():
-    for recipe in bigs.RECIPES.values():
-        rate, warm = bigs.schedule(recipe), round(recipe.warmup * recipe.steps)
-        found = [
-            float(rate(step)) for step in (0, warm, recipe.steps, recipe.steps + 5)
-        ]
-        np.testing.assert_allclose(
-            found, np.array([0, 1, 0.1, 0.1]) * recipe.learning_rate, rtol=1e-5
-        )
-        assert float(rate(warm // 2)) < recipe.learning_rate
+# Schedule, loss, optimizer
+
+
+@pytest.mark.parametrize("name", bigs.RECIPES)
+def test_schedule_endpoints(name):
+    recipe = bigs.RECIPES[name]
+    rate = bigs.schedule(recipe)
+    warm = round(recipe.warmup * recipe.steps)
+
+    found = [float(rate(step)) for step in (0, warm, recipe.steps, recipe.steps + 5)]
+
+    wanted = np.array([0, 1, 0.1, 0.1]) * recipe.learning_rate
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert float(rate(warm // 2)) < recipe.learning_rate
 
 
 def test_loss_ignores_what_is_not_asked():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 7)))
     labels = np.array([[1, 2, 0], [3, 0, 0]])
+
+    loss = bigs.masked_loss(logits, labels)
+
     log_p = np.asarray(jax.nn.log_softmax(logits))
     by_hand = -(log_p[0, 0, 1] + log_p[1, 0, 2] + log_p[0, 1, 3]) / 3
-    np.testing.assert_allclose(bigs.masked_loss(logits, labels), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
     assert float(bigs.masked_loss(logits, np.zeros((2, 3), int))) == 0
 
 
 def test_groups_cover_all_parameters():
-    model = jax.eval_shape(lambda: bigs.BiGS(SMALL))
+    model = jax.eval_shape(lambda: bigs.BiGS(small.CONFIG))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
-    ssm = [p for p in paths if bigs.is_ssm(p)]
+
+    def last_names(chosen):
+        return {bigs.names_of(path)[-1] for path in chosen}
+
+    ssm = [path for path in paths if bigs.is_ssm(path)]
+    decayed = [path for path in paths if bigs.is_decayed(path, False)]
+    spared = [path for path in paths if not bigs.is_decayed(path, True)]
     assert len(ssm) == 10
-    assert {bigs.names_of(p)[-1] for p in ssm} == {"A_re", "A_im", "C", "D", "log_step"}
-    assert {bigs.names_of(p)[-1] for p in paths if bigs.is_decayed(p, False)} == {
-        "kernel",
-        "embedding",
-    }
-    assert {bigs.names_of(p)[-1] for p in paths if not bigs.is_decayed(p, True)} == {
-        "bias",
-        "scale",
-    }
-
-
-def test_a_batch_is_learned_by_heart():
-    rows, recipe = (
-        random_rows(4, 32, 200),
-        replace(RECIPE, steps=150, learning_rate=2e-2, weight_decay=0.0),
-    )
-    state, step, batch = (
-        bigs.fresh_state(replace(SMALL, hidden_dropout_prob=0.0), recipe),
-        bigs.make_step(recipe),
-        None,
-    )
-    batch = bigs.batch_at(rows, 4, 0, 0)
-    first = None
-    for _ in range(150):
-        state, loss = step(state, batch)
-        first = first or float(loss)
-    assert first > 5 and float(loss) < 0.1
-
-
-def leaves(state):
-    return [np.asarray(x) for x in jax.tree.leaves(state)]
-
-
-def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
-    whole = bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path / "whole")
-
-    class Killed(Exception):
-        pass
-
-    steps, make = [], bigs.make_step
-
-    def mortal(recipe):
-        step = make(recipe)
-
-        def once(state, batch):
-            steps.append(1)
-            if len(steps) == 8:
-                raise Killed
-            return step(state, batch)
-
-        return once
-
-    monkeypatch.setattr(bigs, "make_step", mortal)
-    with pytest.raises(Killed):
-        bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path / "cut")
-    monkeypatch.setattr(bigs, "make_step", make)
-    assert bigs.checkpoints(tmp_path / "cut").latest_step() == 5
-    again = bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path / "cut", resume=True)
-    for a, b in zip(leaves(whole.model), leaves(again.model), strict=True):
-        assert np.array_equal(a, b)
-    log = [
-        json.loads(line)
-        for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
-    ]
-    assert [r["step"] for r in log if "heldout" in r] == [0, 6, 12]
-    losses = [[r["heldout"] for r in h if "heldout" in r] for h in (whole.history, log)]
-    assert losses[0] == losses[1]
-
-
-def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
-    settings = {
-        "config": asdict(SMALL),
-        "recipe": asdict(RECIPE),
-        "data": {"text": dataset().identity},
-    }
-    with bigs.claimed(tmp_path, settings, False):
-        (tmp_path / "checkpoints").mkdir()
-    old = [
-        {"step": 0, "heldout": 9.0},
-        {"step": 10, "loss": 8.0},
-    ]  # killed before a checkpoint was finished
-    (tmp_path / "log.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in old)
-    )
-    history = bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path, resume=True).history
-    assert [record["step"] for record in history if "heldout" in record] == [0, 6, 12]
-
-
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(bigs.UserError, match="--resume"):
-        bigs.pretrain(SMALL, RECIPE, dataset(), tmp_path)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="step"):
-        bigs.pretrain(
-            SMALL, replace(RECIPE, steps=30, learning_rate=1e12), dataset(), tmp_path
-        )
-
-
-DEVICES = """
-import sys; sys.path.insert(0, sys.argv[1])
-import jax, numpy as np
-sys.path.insert(0, sys.argv[1] + "/tests")
-from test_training import SMALL, RECIPE, random_rows, bigs, leaves
-recipe = bigs.replace(RECIPE, batch=8)
-state = bigs.fresh_state(bigs.replace(SMALL, hidden_dropout_prob=0.0), recipe)
-step = bigs.make_step(recipe)
-rows = random_rows(40, 32, 200)
-for number in range(4):
-    state, loss = step(state, bigs.on_devices(bigs.batch_at(rows, 8, 0, number), 8))
-np.savez(sys.argv[2], *leaves(state.model), loss=loss, devices=len(jax.devices()))
-"""
-
-
-def test_one_device_equals_eight(tmp_path):
-    found = []
-    for count in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={count}"
-        subprocess.run(
-            [sys.executable, "-c", DEVICES, str(ROOT), str(tmp_path / f"{count}.npz")],
-            check=True,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        )
-        found.append(np.load(tmp_path / f"{count}.npz"))
-    assert [int(f["devices"]) for f in found] == [1, 8]
-    for name in set(found[0].files) - {"devices"}:
-        # Adam divides by the gradient's own size, so rounding in a tiny gradient may
-        # move a parameter by a share of the learning rate; four steps of 1e-2 at most,
-        # most parameters not at all.
-        difference = np.abs(found[0][name] - found[1][name])
-        assert difference.max() < 1e-3 and np.median(difference) < 1e-6, name
+    assert last_names(ssm) == {"A_re", "A_im", "C", "D", "log_step"}
+    assert last_names(decayed) == {"kernel", "embedding"}
+    assert last_names(spared) == {"bias", "scale"}
 
 
 def test_adamw_is_optax_adamw():
     """Without groups of its own, the optimizer is the library's AdamW."""
-    import optax
-
-    recipe = replace(RECIPE, ssm_decay=True)
+    recipe = replace(small.RECIPE, ssm_decay=True)
     ours = bigs.make_optimizer(recipe)
     theirs = optax.adamw(
         bigs.schedule(recipe),
@@ -275,170 +164,266 @@ def test_adamw_is_optax_adamw():
         weight_decay=recipe.weight_decay,
         mask={"kernel": True, "bias": False, "forward": {"A_re": True}},
     )
-    params = {
-        "kernel": jnp.ones(3),
-        "bias": jnp.ones(3),
-        "forward": {"A_re": -jnp.ones(3)},
-    }
-    a, b = ours.init(params), theirs.init(params)
-    for step in range(5):
-        grads = jax.tree.map(lambda p, s=step: jnp.sin(p * (s + 1)), params)
-        (u, a), (v, b) = ours.update(grads, a, params), theirs.update(grads, b, params)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), u, v)
+    ones = jnp.ones(3)
+    params = {"kernel": ones, "bias": ones, "forward": {"A_re": -ones}}
+    our_state = ours.init(params)
+    their_state = theirs.init(params)
+    for step in range(1, 6):
+        grads = jax.tree.map(lambda p, s=step: jnp.sin(p * s), params)
+        our_update, our_state = ours.update(grads, our_state, params)
+        their_update, their_state = theirs.update(grads, their_state, params)
+        for a, b in zip(*map(small.leaves, (our_update, their_update)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_recipes_are_those_of_the_paper():
-    tokens = {
-        name: bigs.RECIPES[name].tokens
-        for name in ("documented", "short", "medium", "full", "longer")
-    }
-    rows = 1048 * 128
-    assert (
-        tokens["documented"] == 13_414_400_000 and tokens["longer"] == 10_000 * 53_248
-    )
-    for name, wanted in (("short", 11e9), ("medium", 29e9), ("full", 97e9)):
-        assert abs(tokens[name] - wanted) <= rows / 2 and tokens[name] % rows == 0
-    published, annotated = (
-        replace(RECIPE, **bigs.GROUPS[name]) for name in ("published", "annotated")
-    )
-    assert (published.ssm_rate, published.ssm_decay) == (1.0, True)
-    assert annotated.ssm_rate > 1 and not annotated.ssm_decay
+    """Their tokens, to the nearest step of 1048 rows of 128 tokens."""
+    step = 1048 * 128
+    assert bigs.RECIPES["documented"].tokens == 13_414_400_000
+    assert bigs.RECIPES["longer"].tokens == 10_000 * 53_248
+    for name, tokens in (("short", 11e9), ("medium", 29e9), ("full", 97e9)):
+        found = bigs.RECIPES[name].tokens
+        assert abs(found - tokens) <= step / 2
+        assert found % step == 0
+    published = replace(small.RECIPE, **bigs.GROUPS["published"])
+    annotated = replace(small.RECIPE, **bigs.GROUPS["annotated"])
+    assert published.ssm_rate == 1.0
+    assert published.ssm_decay
+    assert annotated.ssm_rate > 1
+    assert not annotated.ssm_decay
+
+
+# Steps
+
+
+def test_a_batch_is_learned_by_heart():
+    recipe = replace(small.RECIPE, steps=150, learning_rate=2e-2, weight_decay=0.0)
+    state = bigs.fresh_state(PLAIN, recipe)
+    step = bigs.make_step(recipe)
+    batch = bigs.batch_at(small.random_rows(4), 4, 0, 0)
+    losses = []
+    for _ in range(150):
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert losses[0] > 5
+    assert losses[-1] < 0.1
 
 
 def test_accumulating_equals_the_large_batch():
-    rows, plain = random_rows(40, 32, 200), replace(SMALL, hidden_dropout_prob=0.0)
-    found = []
-    for parts in (1, 2, 4):
-        recipe = replace(RECIPE, batch=8, accumulate=parts)
-        state, step = bigs.fresh_state(plain, recipe), bigs.make_step(recipe)
-        for number in range(4):
-            state, loss = step(state, bigs.batch_at(rows, 8, 0, number))
-        found.append([*leaves(state.model), np.asarray(loss)])
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+    at_once, *in_parts = (
+        steps_of(PLAIN, replace(small.RECIPE, batch=8, accumulate=parts), 4)
+        for parts in (1, 2, 4)
+    )
+    for found in in_parts:
+        for a, b in zip(at_once, found, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
 def test_remat_gives_the_same_step():
-    rows, found = random_rows(8, 32, 200), []
-    for remat in (False, True):
-        recipe = replace(RECIPE, batch=8, remat=remat)
-        state, loss = bigs.make_step(recipe)(
-            bigs.fresh_state(SMALL, recipe), bigs.batch_at(rows, 8, 0, 0)
-        )
-        found.append([*leaves(state.model), np.asarray(loss)])
-    for a, b in zip(*found, strict=True):
+    stored, computed_again = (
+        steps_of(small.CONFIG, replace(small.RECIPE, batch=8, remat=remat), 1)
+        for remat in (False, True)
+    )
+    for a, b in zip(stored, computed_again, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_moments_in_float32():
-    recipe = replace(RECIPE, batch=8)
-    state = bigs.fresh_state(replace(SMALL, dtype="bfloat16"), recipe)
-    state, _ = bigs.make_step(recipe)(
-        state, bigs.batch_at(random_rows(8, 32, 200), 8, 0, 0)
-    )
-    kinds = {
-        str(leaf.dtype)
-        for leaf in jax.tree.leaves(state)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    recipe = replace(small.RECIPE, batch=8)
+    state = bigs.fresh_state(replace(small.CONFIG, dtype="bfloat16"), recipe)
+    batch = bigs.batch_at(small.random_rows(), 8, 0, 0)
+
+    state, _ = bigs.make_step(recipe)(state, batch)
+
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
+    assert {kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)} == {
+        jnp.dtype("float32")
     }
-    assert kinds == {"float32"}
+
+
+def test_one_device_equals_eight(tmp_path):
+    found = {}
+    for count in (1, 8):
+        file = tmp_path / f"{count}.npz"
+        flags = f"--xla_force_host_platform_device_count={count}"
+        subprocess.run(
+            [sys.executable, small.ROOT / "tests" / "devices.py", file],
+            check=True,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(small.ROOT),
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                "JAX_PLATFORMS": "cpu",
+            },
+        )
+        found[count] = dict(np.load(file))
+        assert found[count].pop("devices") == count
+    for name, alone in found[1].items():
+        # Adam divides by the gradient's own size, so rounding in a tiny gradient may
+        # move a parameter by a share of the learning rate; four steps of 1e-2 at most,
+        # most parameters not at all.
+        difference = np.abs(alone - found[8][name])
+        assert difference.max() < 1e-3, name
+        assert np.median(difference) < 1e-6, name
+
+
+# Runs
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(count, make_step):
+    """make_step whose step raises instead of being taken for the count-th time."""
+    taken = []
+
+    def mortal(recipe):
+        step = make_step(recipe)
+
+        def once(state, batch):
+            taken.append(1)
+            if len(taken) == count:
+                raise Killed
+            return step(state, batch)
+
+        return once
+
+    return mortal
+
+
+def heldout_of(log):
+    return {record["step"]: record["heldout"] for record in log if "heldout" in record}
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
+    data = small.dataset()
+    whole = bigs.pretrain(small.CONFIG, small.RECIPE, data, tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(bigs, "make_step", killed_at(8, bigs.make_step))
+        bigs.pretrain(small.CONFIG, small.RECIPE, data, cut)
+    assert bigs.checkpoints(cut).latest_step() == 5
+
+    again = bigs.pretrain(small.CONFIG, small.RECIPE, data, cut, resume=True)
+
+    for a, b in zip(*map(small.leaves, (whole.model, again.model)), strict=True):
+        assert np.array_equal(a, b)
+    assert list(heldout_of(whole.history)) == [0, 6, 12]
+    assert heldout_of(log_of(cut)) == heldout_of(whole.history)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    """It was killed before its first checkpoint was finished."""
+    settings = {
+        "config": asdict(small.CONFIG),
+        "recipe": asdict(small.RECIPE),
+        "data": {"text": small.dataset().identity},
+    }
+    with bigs.claimed(tmp_path, settings, False):
+        (tmp_path / "checkpoints").mkdir()
+    old = [{"step": 0, "heldout": 9.0}, {"step": 10, "loss": 8.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, old)) + "\n")
+
+    run = bigs.pretrain(
+        small.CONFIG, small.RECIPE, small.dataset(), tmp_path, resume=True
+    )
+
+    assert list(heldout_of(run.history)) == [0, 6, 12]
+    assert run.history[0]["heldout"] != 9.0
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(bigs.UserError, match="--resume"):
+        bigs.pretrain(small.CONFIG, small.RECIPE, small.dataset(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    recipe = replace(small.RECIPE, steps=30, learning_rate=1e12)
+    with pytest.raises(FloatingPointError, match="step"):
+        bigs.pretrain(small.CONFIG, recipe, small.dataset(), tmp_path)
 
 
 def test_the_log_tells_speed_and_share(tmp_path):
-    config, recipe = (
-        replace(SMALL, convolution="toeplitz"),
-        replace(RECIPE, log_every=4),
-    )
-    history = bigs.pretrain(config, recipe, dataset(), tmp_path).history
-    lines = [
-        json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()
-    ]
-    assert lines == history and [r["step"] for r in lines if "loss" in r] == [
-        4,
-        5,
-        8,
-        10,
-        12,
-    ]
-    for record in (r for r in lines if "loss" in r):
-        flops = (
-            record["tokens_per_second"]
-            / 32
-            * bigs.step_operations(config, recipe)
-            / recipe.batch
-        )
-        assert record["share"] == pytest.approx(
-            flops / bigs.product_rate("float32"), rel=0.05, abs=0.001
-        )
+    config = replace(small.CONFIG, convolution="toeplitz")
+    recipe = replace(small.RECIPE, log_every=4)
+
+    history = bigs.pretrain(config, recipe, small.dataset(), tmp_path).history
+
+    assert log_of(tmp_path) == history
+    steps = [record for record in history if "loss" in record]
+    assert [record["step"] for record in steps] == [4, 5, 8, 10, 12]
+    operations = bigs.step_operations(config, recipe) / recipe.batch
+    for record in steps:
+        rows_per_second = record["tokens_per_second"] / 32
+        share = rows_per_second * operations / bigs.product_rate("float32")
+        assert record["share"] == pytest.approx(share, rel=0.05, abs=0.001)
 
 
 def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
-    start = bigs.extend(bigs.BiGS(SMALL, seed=5), 64)
-    rows = random_rows(40, 64, 200)
-    data = bigs.Dataset(
-        FakeTokenizer(), rows, [bigs.batch_at(rows, 8, 9, 0)], "random tokens"
-    )
-    recipe = replace(RECIPE, steps=1, length=64, learning_rate=1e-30)
-    run = bigs.pretrain(start.config, recipe, data, tmp_path, start=start)
-    for a, b in zip(leaves(start), leaves(run.model), strict=True):
+    start = bigs.extend(bigs.BiGS(small.CONFIG, seed=5), 64)
+    recipe = replace(small.RECIPE, steps=1, length=64, learning_rate=1e-30)
+
+    run = bigs.pretrain(start.config, recipe, small.dataset(64), tmp_path, start=start)
+
+    for a, b in zip(*map(small.leaves, (start, run.model)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert bigs.from_pretrained(tmp_path).config.max_position_embeddings == 64
 
 
 def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
-    recipe = replace(RECIPE, steps=4, evaluate_every=4)
-    loud = replace(SMALL, initializer_range=0.3)  # so that the kernels are heard
-    arguments = (
-        loud,
-        recipe,
-        dataset(),
-        ("published", "annotated", "bfloat16"),
-        2,
-        tmp_path,
-    )
-    first = bigs.compare_variants(*arguments)
-    assert [len(found) for found in first.values()] == [2, 2, 2]
-    assert len({loss for found in first.values() for loss in found}) == 6
-    began = [
-        bigs.read_log(tmp_path / f"{name}-1")[0]["heldout"]
-        for name in ("published", "annotated")
-    ]
-    assert began[0] == began[1]  # the same start
+    recipe = replace(small.RECIPE, steps=4, evaluate_every=4)
+    # Large weights, so that the kernels make a difference.
+    config = replace(small.CONFIG, initializer_range=0.3)
+    names = ("published", "annotated", "bfloat16")
+    data = small.dataset()
 
-    def step(recipe):
+    first = bigs.compare_variants(config, recipe, data, names, 2, tmp_path)
+
+    losses = np.array(list(first.values()))
+    assert losses.shape == (3, 2)
+    assert np.unique(losses).size == 6
+    published = bigs.read_log(tmp_path / "published-1")
+    annotated = bigs.read_log(tmp_path / "annotated-1")
+    assert published[0]["heldout"] == annotated[0]["heldout"]  # the same start
+
+    def no_step(recipe):
         return lambda *_: pytest.fail("a finished run takes no step")
 
-    monkeypatch.setattr(bigs, "make_step", step)
-    assert bigs.compare_variants(*arguments) == first
+    monkeypatch.setattr(bigs, "make_step", no_step)
+    again = bigs.compare_variants(config, recipe, data, names, 2, tmp_path)
+    assert again == first
 
 
 def test_the_published_way_gives_the_same_loss():
-    found = bigs.factor_speeds(
-        replace(SMALL, num_hidden_layers=1), replace(RECIPE, batch=2), repeats=2
-    )
-    assert (
-        len(found) == 2 + 2 * len(bigs.WAYS)
-        and found["the published way"]["speed"] == 1
-    )
+    config = replace(small.CONFIG, num_hidden_layers=1)
+
+    found = bigs.factor_speeds(config, replace(small.RECIPE, batch=2), repeats=2)
+
+    assert len(found) == 2 + 2 * len(bigs.WAYS)
+    assert found["the published way"]["speed"] == 1
     for step in found.values():
         assert step["loss"] == pytest.approx(found["ours"]["loss"], rel=1e-4)
         assert step["seconds"] > 0
 
 
 def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
-    for seed in (0, 1):
-        bigs.pretrain(
-            SMALL,
-            replace(RECIPE, steps=4, seed=seed),
-            dataset(),
-            tmp_path / f"seed{seed}",
-        )
-    bigs.command_figures((tmp_path / "seed0", tmp_path / "seed1"), output=tmp_path)
-    assert (
-        tmp_path / "losses.png"
-    ).stat().st_size > 5000 and "seed1" in capsys.readouterr().out
-    curves = bigs.compare_runs((tmp_path / "seed0", tmp_path / "seed1"))().axes[0].lines
-    assert len(curves) == 4 and curves[0].get_xdata()[-1] == 4 * 4 * 32 / 1e6
+    runs = (tmp_path / "seed0", tmp_path / "seed1")
+    for seed, output in enumerate(runs):
+        recipe = replace(small.RECIPE, steps=4, seed=seed)
+        bigs.pretrain(small.CONFIG, recipe, small.dataset(), output)
+
+    bigs.command_figures(runs, output=tmp_path)
+
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    assert "seed1" in capsys.readouterr().out
+    curves = bigs.compare_runs(runs)().axes[0].lines
+    assert len(curves) == 4
+    tokens = 4 * small.RECIPE.batch * small.RECIPE.length
+    assert curves[0].get_xdata()[-1] == tokens / 1e6
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(bigs.UserError, match="holds no run"):
         bigs.command_figures((tmp_path,))

@@ -403,7 +403,8 @@ def test_records_and_answers_of_fine_tuning(tmp_path, fine_tuned):
     old = parts_of_task(once)
     write(once)
     new = parts_of_task(once)
-    assert old["model"] != new["model"] and old["answers"] != new["answers"]
+    assert old["model"] != new["model"]
+    assert old["answers"] != new["answers"]
 
     def check(folder):
         found = parts_of_task(folder)
@@ -650,7 +651,7 @@ def half(pretrain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
         ("{}", "run.json: config lacks vocab_size; add what the run began with"),
         ("[]", "run.json: not the settings of a run"),
@@ -706,7 +707,7 @@ def lose_all_but_the_model(half):
 
 
 @pytest.mark.parametrize(
-    "lose, found",
+    ("lose", "found"),
     [
         (lose_folder, "log.jsonl has reached step 2"),
         (lose_states, "log.jsonl has reached step 5"),
