@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all test-hub lint figures notebook page clean
+.PHONY: help install run test test-all test-timing test-hub faults lint figures notebook page clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +20,14 @@ test:  ## doctests and fast tests
 test-all:  ## every test, slow ones too
 	$(PYTHON) -m pytest --doctest-modules --slow
 
+test-timing:  ## what measures time, alone
+	$(PYTHON) -m pytest --timing
+
 test-hub:  ## what needs the Hugging Face hub: published models, GLUE, Wikipedia
 	$(PYTHON) -m pytest -m hub
+
+faults:  ## seed forty faults, one at a time: does a test catch each?
+	$(PYTHON) tests/faults.py
 
 lint:  ## ruff: rules and format
 	$(PYTHON) -m ruff check
