@@ -203,6 +203,7 @@ def test_pytest_collects_the_document_and_its_tests_only():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert settings["pytest"]["ini_options"]["testpaths"] == [
         "annotated_bigs.py",
+        "workshop",
         "tests",
     ]
 
@@ -257,7 +258,9 @@ BY_HAND = {"make_bert.py": {"torch"}}
 def undeclared(files: Iterable[Path], requirements: set[str]) -> set[str]:
     """What is imported and neither declared, nor of Python, nor of this project."""
     files = list(files)
-    ours = {path.stem for path in tracked("*.py")} | set(sys.stdlib_module_names)
+    modules = [path.relative_to(ROOT) for path in tracked("*.py")]
+    ours = {path.stem for path in modules} | {path.parts[0] for path in modules}
+    ours |= set(sys.stdlib_module_names)
     wanted = set()
     for file in files:
         wanted |= imported(file.read_text()) - BY_HAND.get(file.name, set())
