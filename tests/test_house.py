@@ -5,6 +5,7 @@ commands.
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -68,29 +69,69 @@ def test_make_describes_every_target():
     assert described == targets.split()
 
 
-def test_hooks_and_workflow_run_the_same_commands():
+@pytest.fixture(scope="module")
+def jobs() -> dict:
+    """What the workflow of .github does."""
+    return yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+
+
+def test_workflow_runs_scripts_and_targets_that_exist(jobs):
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    commands = [step["run"].split() for step in steps if "run" in step]
+    scripts = {words[1] for words in commands if words[0] == "bash"}
+    targets = {words[1] for words in commands if words[0] == "make"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert scripts == {".ci/run"}
+    assert targets
+    for target in targets:
+        assert f"\n{target}:" in makefile
+
+
+def test_workflow_publishes_after_everything_else(jobs):
+    assert set(jobs["publish"]["needs"]) == set(jobs) - {"publish"}
+
+
+def test_workflow_tests_the_oldest_python_that_is_promised(jobs):
+    oldest = jobs["test"]["strategy"]["matrix"]["python"][0]
+    assert f"needs Python {oldest} or newer" in (ROOT / "README.md").read_text()
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert ruff["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_workflow_runs_slow_and_timed_tests():
+    """.ci/run runs README's second command, with the options that conftest.py adds."""
     script = (ROOT / ".ci/run").read_text()
-    assert 'bash -c "$tests --slow"' in script
     assert ".ci/readme-commands README.md" in script
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0][
-        "hooks"
-    ]
-    lint, document = (hook["entry"] for hook in hooks)
-    assert f".venv/bin/{lint}" in script
-    assert [word for word in document.split() if (ROOT / word).is_file()]
-    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    assert {"run": "bash .ci/run"} in jobs["test"]["steps"]
-    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
-    assert {"run": "make page"} in jobs["page"]["steps"]
-    assert set(jobs["publish"]["needs"]) == {"test", "page"}
+    options = re.findall(r'"(--[a-z]+)"', (ROOT / "conftest.py").read_text())
+    for option in options:
+        assert f'bash -c "$tests {option}"' in script
 
 
+def test_hooks_run_what_the_workflow_runs():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    lint, document = yaml.safe_load(hooks)["repos"][0]["hooks"]
+    assert f".venv/bin/{lint['entry']}" in (ROOT / ".ci/run").read_text()
+    files = [word for word in document["entry"].split() if word.endswith(".py")]
+    assert files
+    for file in files:
+        assert (ROOT / file).is_file()
+
+
+def test_no_file_of_tests_imports_another():
+    """What several share lies in modules whose names do not begin with test_."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\s*(from|import) test_", line), path.name
+
+
+@pytest.mark.slow
 def test_pytest_collects_the_document_and_its_tests_only():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    assert settings["pytest"]["ini_options"]["testpaths"] == [
-        "annotated_bigs.py",
-        "tests",
-    ]
+    collected = output(
+        sys.executable, "-m", "pytest", "--doctest-modules", "--collect-only", "-q"
+    )
+    files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
+    tests = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
+    assert files == {"annotated_bigs.py"} | tests
 
 
 LOWER_BOUND = re.compile(r"[A-Za-z0-9_-]+>=\d+(\.\d+)*")
@@ -126,14 +167,11 @@ def test_no_file_names_a_machine_or_an_index():
         "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"
     )
     paths = [ROOT / name for name in listing.split("\0") if name]
-    texts = {path: path.read_bytes() for path in paths if path.is_file()}
-    found = {
-        str(path.relative_to(ROOT)): match[0]
-        for path, text in texts.items()
-        if b"\0" not in text
-        and (match := MACHINE.search(text.decode(errors="replace")))
-    }
-    assert found == {}
+    for path in filter(Path.is_file, paths):
+        text = path.read_bytes()
+        if b"\0" not in text:
+            match = MACHINE.search(text.decode(errors="replace"))
+            assert match is None, path
 
 
 @pytest.mark.parametrize("name", ["|root|x", "|tmp|x", "https:||pypi[.]org"])
