@@ -28,7 +28,7 @@ SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
 
 @pytest.fixture(scope="module")
 def begin():
-    """Starts process.py, one process of a run; what still lives at the end is killed."""
+    """Starts process.py, one process of a run; at the end it kills what still lives."""
     living = []
 
     def start(output, recipe, devices=1, **plan):
@@ -180,7 +180,8 @@ def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_request_to_leave_is_followed(project):
-    pretrain = (*commands.PRETRAIN, "--corpus", "corpus.txt", "--steps", "40")
+    text = ("--corpus", "corpus.txt", "--steps", "40")
+    pretrain = ("pretrain", *commands.TINY, *text)
     whole = project / "runs/whole"
     left = project / "runs/left"
     finish(commands.start(project, *pretrain, "--output", whole))
