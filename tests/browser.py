@@ -85,7 +85,8 @@ class Browser:
     def receive(self) -> dict:
         """The next message; they end with a zero byte."""
         while b"\0" not in self.rest:
-            if not (more := os.read(self.answers, 1 << 20)):
+            more = os.read(self.answers, 1 << 20)
+            if not more:
                 raise RuntimeError("the browser has left")
             self.rest += more
         message, self.rest = self.rest.split(b"\0", 1)
@@ -98,8 +99,10 @@ class Browser:
         if self.session:
             message["sessionId"] = self.session
         os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.last:
+        answer = self.receive()
+        while answer.get("id") != self.last:
             self.events.append(answer)
+            answer = self.receive()
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 
-PRETRAIN = ("pretrain", "--size", "tiny", "--recipe", "demonstration", "--batch", "2")
+# A run of pretraining that takes seconds.
+TINY = ("--size", "tiny", "--recipe", "demonstration", "--batch", "2")
 
 
 def start(project, *arguments) -> subprocess.Popen:

@@ -7,7 +7,6 @@ import re
 import urllib.request
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from flax import serialization, traverse_util
 import annotated_bigs as bigs
 
 SMALL = bigs.Config(60, 16, 2, 48, 32, num_ssm=4, mask_padding=True)
+SENTENCE = "to be or not to be that is the question"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def model():
 
 
 def arrays(folder):
-    tree = serialization.msgpack_restore((folder / "flax_model.msgpack").read_bytes())
+    content = (folder / "flax_model.msgpack").read_bytes()
+    tree = serialization.msgpack_restore(content)
     return traverse_util.flatten_dict(tree, sep="/")
 
 
@@ -32,8 +33,8 @@ def arrays(folder):
 
 
 def test_the_box_is_small_and_holds_what_it_says(model):
-    files = {path.name: path.stat().st_size for path in bigs.BOXED.iterdir()}
-    assert set(files) == {
+    sizes = {path.name: path.stat().st_size for path in bigs.BOXED.iterdir()}
+    assert set(sizes) == {
         "README.md",
         "config.json",
         "flax_model.msgpack",
@@ -43,123 +44,136 @@ def test_the_box_is_small_and_holds_what_it_says(model):
         "tokenizer_config.json",
         "training.json",
     }
-    assert sum(files.values()) < 12e6
+    assert sum(sizes.values()) < 12e6
     assert model.config == bigs.boxed
-    assert len(bigs.load_tokenizer()) == model.config.vocab_size == 8192
-    assert (
-        3e6
-        < sum(array.size for array in arrays(bigs.BOXED).values())
-        == bigs.parameters(bigs.boxed)
-        < 6e6
-    )
+    assert model.config.vocab_size == len(bigs.load_tokenizer()) == 8192
+    stored = sum(array.size for array in arrays(bigs.BOXED).values())
+    assert stored == bigs.parameters(bigs.boxed)
+    assert 3e6 < stored < 6e6
 
 
 def test_matrices_are_kept_in_bfloat16_and_ssms_in_float32():
     for name, array in arrays(bigs.BOXED).items():
-        assert array.dtype == (
-            jnp.bfloat16 if name.endswith(("/kernel", "/embedding")) else np.float32
-        ), name
+        is_matrix = name.endswith(("/kernel", "/embedding"))
+        assert array.dtype == (jnp.bfloat16 if is_matrix else np.float32), name
 
 
 def test_the_kept_kernels_are_those_of_the_model(model):
-    found = bigs.boxed_kernels()
+    kept = bigs.boxed_kernels()
     fresh = bigs.fresh_state(bigs.boxed, bigs.RECIPES["boxed"]).model
-    for kept, own in ((found["pretrained"], model), (found["start"], fresh)):
-        np.testing.assert_allclose(
-            kept, bigs.kernels_of(own), atol=1e-5 * np.abs(kept).max()
-        )
-    assert found["finetuned"].shape == found["start"].shape == (6, 2, 128)
-    checkpoints = len(found["tokens"])
-    N = bigs.boxed.num_ssm
-    assert found["step_sizes"].shape == (checkpoints, 6, 2)
-    assert found["poles"].shape == (checkpoints, 6, 2, N)
-    assert found["tokens"][0] == 0
-    assert found["tokens"][-1] == bigs.RECIPES["boxed"].tokens
-    steps = np.stack(
-        [
-            np.exp(side.log_step[...][:, 0])
-            for side in (model.encoder.layers.forward, model.encoder.layers.backward)
-        ],
-        1,
-    )
-    np.testing.assert_allclose(found["step_sizes"][-1], steps, rtol=1e-5)
+    for name, own in (("pretrained", model), ("start", fresh)):
+        tolerance = 1e-5 * np.abs(kept[name]).max()
+        found = bigs.kernels_of(own)
+        np.testing.assert_allclose(kept[name], found, atol=tolerance)
+        assert found.shape == (6, 2, 128)
+    assert kept["finetuned"].shape == (6, 2, 128)
+
+
+def test_the_kept_way_ends_at_the_model(model):
+    kept = bigs.boxed_kernels()
+    checkpoints = len(kept["tokens"])
+    assert kept["step_sizes"].shape == (checkpoints, 6, 2)
+    assert kept["poles"].shape == (checkpoints, 6, 2, bigs.boxed.num_ssm)
+    assert kept["tokens"][0] == 0
+    assert kept["tokens"][-1] == bigs.RECIPES["boxed"].tokens
+    layers = model.encoder.layers
+    for side, ssm in enumerate((layers.forward, layers.backward)):
+        steps = np.exp(ssm.log_step[...][:, 0])
+        np.testing.assert_allclose(kept["step_sizes"][-1, :, side], steps, rtol=1e-5)
 
 
 def test_its_training_was_the_recipe_and_went_down():
     run = bigs.boxed_training()
-    assert run["recipe"] == bigs.asdict(bigs.RECIPES["boxed"])
+    recipe = bigs.RECIPES["boxed"]
+    assert run["recipe"] == bigs.asdict(recipe)
     assert run["parameters"] == bigs.parameters(bigs.boxed)
-    assert bigs.RECIPES["boxed"].tokens > 60e6
+    assert recipe.tokens > 60e6
     heldout = [record["heldout"] for record in run["history"] if "heldout" in record]
     assert abs(heldout[0] - np.log(8192)) < 0.1
-    assert heldout[-1] == min(heldout) < 4.5
+    assert heldout[-1] == min(heldout)
+    assert heldout[-1] < 4.5
 
 
-def test_card_and_readme_say_what_was_measured():
-    """Every number with three decimals is a measured loss, or what silence costs."""
+# What card and README say
+
+
+@pytest.fixture(scope="module")
+def card():
+    return (bigs.BOXED / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def readme():
+    return (bigs.HERE / "README.md").read_text()
+
+
+def test_losses_that_are_told_were_measured(card, readme):
+    """Every number with three decimals is a measured loss, or what it costs to go
+    without some kernels.
+    """
     losses = bigs.boxed_reading()["losses"]
-    run = bigs.boxed_training()
-    values = [record["heldout"] for record in run["history"] if "heldout" in record]
     wiki = losses["enwiki-valid.jsonl.xz"]
+    history = bigs.boxed_training()["history"]
+    values = [record["heldout"] for record in history if "heldout" in record]
+    values += [found["nothing"] for found in losses.values()]
     values += [wiki[kind] - wiki["nothing"] for kind in ("local", "long")]
-    known = {
-        f"{value:.3f}"
-        for value in [*values, *(found["nothing"] for found in losses.values())]
-    }
-    card, readme = (
-        path.read_text() for path in (bigs.BOXED / "README.md", bigs.HERE / "README.md")
-    )
+    known = {f"{value:.3f}" for value in values}
     for text, least in ((card, 20), (readme, 3)):
         numbers = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", text)
         assert len(numbers) >= least
         assert set(numbers) <= known
-    assert "pretrain --size boxed --recipe boxed" in card
-    assert "must not" in card
+
+
+def mean_score(found, variant):
+    """In percent, of the best models of all seeds."""
+    best = found["variants"][variant]["best"][found["dev"]]
+    return 100 * np.mean(best[found["metric"]])
+
+
+def test_scores_that_are_told_were_measured(card, readme):
     means = {}
     for task, found in bigs.glue().items():
-        means[task] = tuple(
-            100
-            * np.mean(found["variants"][variant]["best"][found["dev"]][found["metric"]])
-            for variant in ("pretrained", "not pretrained")
-        )
-        assert (
-            "| {:.1f} | {:.1f} | {:.1f} |".format(
-                *means[task], 100 * found["no skill"]["majority"]
-            )
-            in card
-        ), task
-    assert "{:.1f} % of SST-2 right ({:.1f} % without".format(*means["sst2"]) in readme
-    assert "{:.2f} on CoLA ({:.2f}".format(*np.array(means["cola"]) / 100) in readme
-    ratios = {
-        row["route"]: row["ratio"]
-        for row in json.loads((bigs.DATA / "tpu-v3.json").read_text())["rows"]
-        if row["length"] == 4096
-    }
+        with_it = mean_score(found, "pretrained")
+        without = mean_score(found, "not pretrained")
+        majority = 100 * found["no skill"]["majority"]
+        assert f"| {with_it:.1f} | {without:.1f} | {majority:.1f} |" in card, task
+        means[task] = (with_it, without)
+    with_it, without = means["sst2"]
+    assert f"{with_it:.1f} % of SST-2 right ({without:.1f} % without" in readme
+    with_it, without = means["cola"]
+    assert f"{with_it / 100:.2f} on CoLA ({without / 100:.2f}" in readme
+
+
+def test_speeds_that_are_told_were_measured(readme):
+    rows = json.loads((bigs.DATA / "tpu-v3.json").read_text())["rows"]
+    ratios = {row["route"]: row["ratio"] for row in rows if row["length"] == 4096}
     assert f"{ratios['blocks']:.2f} times" in readme
     assert f"{ratios['fft']:.1f} times" in readme
+    # "Little more than a third of the time."
     assert 2.5 < bigs.factors()["ours"]["speed"] < 3
+
+
+def test_the_card_tells_how_it_was_made_and_what_it_is_not_for(card):
+    assert "pretrain --size boxed --recipe boxed" in card
+    assert "must not" in card
 
 
 def test_the_model_reads_english(model):
     """It fills a closed-class word rightly, which no model does that has not read."""
     tokenizer = bigs.load_tokenizer()
-    words = [
-        bigs.fill_mask(model, tokenizer, text, 3)[0]
-        for text in (
-            "He opened the [MASK] and walked into the room.",
-            "The book was published [MASK] 1998.",
-        )
-    ]
-    assert "door" in dict(words[0])
-    assert words[1][0][0] == "in"
+
+    def fill(text):
+        return [word for word, _ in bigs.fill_mask(model, tokenizer, text, 3)[0]]
+
+    assert "door" in fill("He opened the [MASK] and walked into the room.")
+    assert fill("The book was published [MASK] 1998.")[0] == "in"
 
 
 # Compact files
 
 
 def test_a_compact_file_is_half_as_large_and_nearly_the_same(tmp_path):
-    config = replace(SMALL, vocab_size=4000)
-    whole = bigs.BiGS(config)
+    whole = bigs.BiGS(replace(SMALL, vocab_size=4000))
     bigs.save_pretrained(whole, tmp_path / "whole")
     bigs.save_pretrained(whole, tmp_path / "compact", compact=True)
     sizes = [
@@ -167,44 +181,62 @@ def test_a_compact_file_is_half_as_large_and_nearly_the_same(tmp_path):
         for name in ("whole", "compact")
     ]
     assert sizes[1] < 0.6 * sizes[0]
+
     again = bigs.from_pretrained(tmp_path / "compact")
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(again))
-    for (path, leaf), (_, old) in zip(
-        bigs.named_parameters(again), bigs.named_parameters(whole), strict=True
-    ):
-        exact = path[-1] not in ("kernel", "embedding")
-        np.testing.assert_allclose(
-            leaf, old, rtol=0 if exact else 2**-8, err_msg=str(path)
-        )
-    assert not np.array_equal(*(m.encoder.words.embedding[...] for m in (whole, again)))
-    bigs.save_pretrained(again, tmp_path / "again")  # what others read is float32
-    assert {array.dtype for array in arrays(tmp_path / "again").values()} == {
-        np.dtype("float32")
-    }
+
+    old = dict(bigs.named_parameters(whole))
+    for path, leaf in bigs.named_parameters(again):
+        rounding = 2**-8 if path[-1] in ("kernel", "embedding") else 0
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, old[path], rtol=rounding, err_msg=str(path))
+    rounded = again.encoder.words.embedding[...]
+    assert not np.array_equal(rounded, whole.encoder.words.embedding[...])
 
 
-# Silence
+def test_what_others_read_is_float32(tmp_path):
+    bigs.save_pretrained(bigs.BiGS(SMALL), tmp_path / "compact", compact=True)
+    again = bigs.from_pretrained(tmp_path / "compact")
+    bigs.save_pretrained(again, tmp_path / "again")
+    kinds = {array.dtype for array in arrays(tmp_path / "again").values()}
+    assert kinds == {np.dtype("float32")}
 
 
-def test_a_silenced_kernel_hears_the_token_and_nothing_else():
-    """Without its kernels a model cannot tell the order of the words around a token; D
-    stays.
+# Without kernels
+
+
+@pytest.fixture
+def pair():
+    """A model whose kernels weigh, and two texts that differ behind their sixth token
+    in order alone.
     """
     some = bigs.BiGS(replace(SMALL, initializer_range=0.3))
     ids = np.random.default_rng(0).integers(5, 60, (1, 12))
     turned = ids.copy()
     turned[0, 6:] = ids[0, :5:-1]
-    deaf = bigs.silenced(some, np.ones((2, 2), bool))
+    return some, ids, turned
+
+
+def test_without_kernels_the_order_of_other_words_is_lost(pair):
+    """D stays: every token still reaches its own place."""
+    some, ids, turned = pair
+    none = bigs.silenced(some, np.ones((2, 2), bool))
     assert np.abs(some(ids)[0, :6] - some(turned)[0, :6]).max() > 1e-3
-    np.testing.assert_allclose(deaf(ids)[0, :6], deaf(turned)[0, :6], atol=1e-6)
-    half = bigs.silenced(
-        some, np.array([[False, True], [False, True]])
-    )  # hears the past only
-    np.testing.assert_allclose(half(ids)[0, :6], half(turned)[0, :6], atol=1e-5)
-    assert np.abs(half(ids)[0, 6:] - deaf(ids)[0, 6:]).max() > 1e-3
-    np.testing.assert_array_equal(
-        bigs.silenced(some, np.zeros((2, 2), bool))(ids), some(ids)
-    )
+    np.testing.assert_allclose(none(ids)[0, :6], none(turned)[0, :6], atol=1e-6)
+
+
+def test_with_kernels_of_one_side_the_other_side_is_lost(pair):
+    some, ids, turned = pair
+    none = bigs.silenced(some, np.ones((2, 2), bool))
+    backward = np.array([[False, True], [False, True]])
+    past = bigs.silenced(some, backward)
+    np.testing.assert_allclose(past(ids)[0, :6], past(turned)[0, :6], atol=1e-5)
+    assert np.abs(past(ids)[0, 6:] - none(ids)[0, 6:]).max() > 1e-3
+
+
+def test_with_all_kernels_the_model_is_the_same(pair):
+    some, ids, _ = pair
+    same = bigs.silenced(some, np.zeros((2, 2), bool))
+    np.testing.assert_array_equal(same(ids), some(ids))
 
 
 def test_losses_without_kernels(tmp_path, model):
@@ -214,71 +246,74 @@ def test_losses_without_kernels(tmp_path, model):
         for year in range(900, 1900)
     )
     text.write_text("\n\n".join(lines))
+
     losses = bigs.losses_without(model, bigs.load_tokenizer(), str(text), 16)
+
     layers = len(bigs.boxed_kernels()["start"])
     assert len(losses) == 4 + 3 * layers
     assert losses["all"] > losses["nothing"] + 0.5
-    local = bigs.reaches(bigs.kernels_of(model)) <= 10
-    silent = bigs.silenced(model, local)
-    assert (
-        bigs.reaches(bigs.kernels_of(model))[local].size + np.sum(~local) == 2 * layers
-    )
-    assert (np.abs(bigs.kernels_of(silent)).max(-1) == 0).tolist() == local.tolist()
+
+
+def test_chosen_kernels_are_silenced_and_the_others_stay(model):
+    before = bigs.kernels_of(model)
+    local = bigs.reaches(before) <= 10
+    assert local.any()
+    assert not local.all()
+
+    after = bigs.kernels_of(bigs.silenced(model, local))
+
+    assert np.all(after[local] == 0)
+    np.testing.assert_array_equal(after[~local], before[~local])
 
 
 def test_inspect_writes_what_it_read(tmp_path, capsys):
-    tokenizer = bigs.train_tokenizer(
-        ["to be or not to be that is the question"] * 20, 60
-    )
-    bigs.save_pretrained(
-        bigs.BiGS(replace(SMALL, vocab_size=len(tokenizer))), tmp_path / "model"
-    )
-    bigs.save_pretrained(
-        bigs.BiGS(replace(SMALL, vocab_size=len(tokenizer)), seed=1), tmp_path / "tuned"
-    )
+    tokenizer = bigs.train_tokenizer([SENTENCE] * 20, 60)
+    config = replace(SMALL, vocab_size=len(tokenizer))
+    for seed, name in enumerate(("model", "tuned")):
+        bigs.save_pretrained(bigs.BiGS(config, seed=seed), tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(
-        "to be or not to be that is the question\n\n" * 300
+    (tmp_path / "text.txt").write_text(f"{SENTENCE}\n\n" * 300)
+
+    inspect(
+        model=tmp_path / "model",
+        finetuned=tmp_path / "tuned",
+        heldout=tmp_path / "text.txt",
+        output=tmp_path / "found",
     )
-    bigs.main(
-        [
-            "inspect",
-            "--model",
-            str(tmp_path / "model"),
-            "--finetuned",
-            str(tmp_path / "tuned"),
-            "--heldout",
-            str(tmp_path / "text.txt"),
-            "--output",
-            str(tmp_path / "found"),
-        ]
-    )
+
     printed = capsys.readouterr().out
-    assert "strongest position" in printed
-    assert "of its norm" in printed
-    assert "without" in printed
+    for words in ("strongest position", "of its norm", "without"):
+        assert words in printed
     with np.load(tmp_path / "found" / "kernels.npz") as file:
         assert set(file) == {"pretrained", "finetuned"}
-        assert file["finetuned"].shape == (
-            2,
-            2,
-            32,
-        )
-    losses = json.loads((tmp_path / "found" / "reading.json").read_text())["losses"][
-        "text.txt"
-    ]
+        assert file["finetuned"].shape == (2, 2, 32)
+    found = json.loads((tmp_path / "found" / "reading.json").read_text())
+    losses = found["losses"]["text.txt"]
     assert {"nothing", "all", "local", "long", "layer 1, both"} < set(losses)
 
 
-def test_the_way_of_a_run(tmp_path, capsys):
-    """Start, checkpoints and end of a run, as kept."""
-    rows = bigs.Rows(
-        np.random.default_rng(0).integers(5, 60, (64, 32)), 60, 4, (0, 2, 3)
-    )
-    tokenizer = bigs.train_tokenizer([" ".join(map(chr, range(97, 123)))] * 20, 60)
-    data = bigs.Dataset(
-        tokenizer, rows, bigs.fixed_batches(rows, 8, 8), "numbers", "numbers"
-    )
+def options_of(options):
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def inspect(**options):
+    bigs.main(["inspect", *map(str, options_of(options))])
+
+
+def figures(**options):
+    bigs.main(["figures", *map(str, options_of(options))])
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A run of six steps that keeps its checkpoints: folder, recipe, last model."""
+    folder = tmp_path_factory.mktemp("run")
+    tokens = np.random.default_rng(0).integers(5, 60, (64, 32))
+    rows = bigs.Rows(tokens, 60, 4, (0, 2, 3))
+    letters = " ".join(map(chr, range(97, 123)))
+    tokenizer = bigs.train_tokenizer([letters] * 20, 60)
+    heldout = bigs.fixed_batches(rows, 8, 8)
+    data = bigs.Dataset(tokenizer, rows, heldout, "numbers", "numbers")
     recipe = bigs.Recipe(
         steps=6,
         batch=8,
@@ -288,30 +323,46 @@ def test_the_way_of_a_run(tmp_path, capsys):
         save_every=2,
         keep=5,
     )
-    last = bigs.pretrain(SMALL, recipe, data, tmp_path).model
-    way = bigs.way_of(tmp_path)
-    assert way["tokens"].tolist() == [0, 512, 1024, 1536]
+    return folder, recipe, bigs.pretrain(SMALL, recipe, data, folder).model
+
+
+def test_the_way_of_a_run_is_that_of_its_kernels(short_run):
+    """Start, checkpoints and end of a run, as kept."""
+    folder, recipe, last = short_run
     fresh = bigs.fresh_state(SMALL, recipe).model
+
+    way = bigs.way_of(folder)
+
+    assert way["tokens"].tolist() == [0, 512, 1024, 1536]
     np.testing.assert_array_equal(way["start"], bigs.kernels_of(fresh))
     for when, one in ((0, fresh), (-1, last)):
         layers = one.encoder.layers
         steps = np.exp(layers.backward.log_step[...][:, 0])
+        turns = layers.forward.A_im[...]
         np.testing.assert_allclose(way["step_sizes"][when, :, 1], steps, rtol=1e-6)
-        np.testing.assert_allclose(
-            way["poles"][when, :, 0].imag, layers.forward.A_im[...], rtol=1e-6
-        )
-    assert len(np.unique(way["step_sizes"][:, 0, 0])) == 4
+        np.testing.assert_allclose(way["poles"][when, :, 0].imag, turns, rtol=1e-6)
+    assert np.unique(way["step_sizes"][:, 0, 0]).size == 4
+
+
+def test_the_way_of_a_run_is_that_of_its_sizes(short_run):
+    folder, _, last = short_run
+    ids = np.random.default_rng(0).integers(5, 60, (8, 32))
+    everything = np.ones(ids.shape, bool)
+
+    way = bigs.way_of(folder)
+
     assert way["spread"].shape == (4,)
     assert way["sizes"].shape == (4, 2)
     matrix = np.asarray(last.encoder.layers.W_o.kernel[...])[0]
-    np.testing.assert_allclose(
-        way["sizes"][-1, 0], np.sqrt(np.mean(matrix**2)), rtol=1e-5
-    )
-    ids = np.random.default_rng(0).integers(5, 60, (8, 32))
-    assert way["spread"][-1] == pytest.approx(
-        np.std(np.asarray(last.encoder(ids, np.ones(ids.shape, bool)))), rel=1e-4
-    )
-    bigs.main(["inspect", "--model", str(tmp_path), "--run", str(tmp_path)])
+    size = np.sqrt(np.mean(matrix**2))
+    np.testing.assert_allclose(way["sizes"][-1, 0], size, rtol=1e-5)
+    spread = np.std(np.asarray(last.encoder(ids, everything)))
+    assert way["spread"][-1] == pytest.approx(spread, rel=1e-4)
+
+
+def test_the_way_of_a_run_is_told(short_run, capsys):
+    folder, *_ = short_run
+    inspect(model=folder, run=folder)
     assert capsys.readouterr().out.count("the output spreads by") == 4
 
 
@@ -325,70 +376,52 @@ def test_figures_of_any_model(tmp_path, layers, places):
     config = replace(
         SMALL, num_hidden_layers=layers, hidden_size=8, intermediate_size=24
     )
-    for seed, name in enumerate(("one", "two")):
-        bigs.save_pretrained(
-            bigs.BiGS(config, ("masked_lm", "sequence_classification")[seed], seed),
-            tmp_path / name,
-        )
     names = [str(tmp_path / name) for name in ("one", "two")]
+    tasks = ("masked_lm", "sequence_classification")
+    for seed, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        bigs.save_pretrained(bigs.BiGS(config, task, seed), name)
     before, after = (bigs.kernels_of(bigs.pretrained_model(name)) for name in names)
-    chosen = places or [one[1:] for one in bigs.movement(before, after)[:3]]
+    if places is None:
+        places = [place for _, *place in bigs.movement(before, after)[:3]]
+
     rows, pairs = (draw() for draw in bigs.model_figures(*names))
+
     assert len(rows.axes) == layers
-    titles = [ax.get_title().split(":")[0] for ax in pairs.axes]
-    assert titles == [
-        f"layer {layer}, {('forward', 'backward')[side]}" for layer, side in chosen
-    ]
-    bigs.main(
-        [
-            "figures",
-            "--model",
-            names[0],
-            "--finetuned",
-            names[1],
-            "--output",
-            str(tmp_path / "drawn"),
-        ]
-    )
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
-        "kernels.png",
-        "finetuned.png",
-    }
+    titles = [ax.get_title().partition(":")[0] for ax in pairs.axes]
+    sides = ("forward", "backward")
+    assert titles == [f"layer {layer}, {sides[side]}" for layer, side in places]
+
+    figures(model=names[0], finetuned=names[1], output=tmp_path / "drawn")
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {"kernels.png", "finetuned.png"}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("models", "message"),
     [
-        (("--finetuned", "one"), "finetuned: give the model before fine-tuning, too"),
+        ({"finetuned": "one"}, "finetuned: give the model before fine-tuning, too"),
         (
-            ("--model", "one", "--finetuned", "deep"),
-            "has kernels of shape \\(3, 2, 32\\).*give the same model",
+            {"model": "one", "finetuned": "deep"},
+            r"has kernels of shape \(3, 2, 32\).*give the same model",
         ),
-        (("--model", "attending"), "routes by attention; only SSMs have kernels"),
+        ({"model": "attending"}, "routes by attention; only SSMs have kernels"),
     ],
 )
 def test_figures_need_two_models_with_kernels_of_one_shape(
-    tmp_path, capsys, options, message
+    tmp_path, capsys, models, message
 ):
     configs = {
         "one": SMALL,
         "deep": replace(SMALL, num_hidden_layers=3),
         "attending": replace(SMALL, routing="attention", num_attention_heads=2),
     }
-    for name, config in configs.items():
-        bigs.save_pretrained(bigs.BiGS(config), tmp_path / name)
+    for name in models.values():
+        bigs.save_pretrained(bigs.BiGS(configs[name]), tmp_path / name)
+    folders = {option: tmp_path / name for option, name in models.items()}
+
     with pytest.raises(SystemExit, match="2"):
-        bigs.main(
-            [
-                "figures",
-                "--output",
-                str(tmp_path / "drawn"),
-                *(
-                    str(tmp_path / word) if word in configs else word
-                    for word in options
-                ),
-            ]
-        )
+        figures(output=tmp_path / "drawn", **folders)
+
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "drawn").exists()
 
@@ -431,32 +464,37 @@ CURVES = {
 }
 
 
-@pytest.mark.slow
-def test_the_published_kernels_are_those_of_the_papers_figures():
-    names = "JunxiongWang/BiGS_128", "JunxiongWang/BiGS_128_MNLI"
+@pytest.fixture(scope="module")
+def published():
+    """The published kernels, before and after MNLI."""
+    names = ("JunxiongWang/BiGS_128", "JunxiongWang/BiGS_128_MNLI")
+    address = f"https://huggingface.co/{names[0]}/resolve/main/config.json"
     try:
-        urllib.request.urlopen(
-            f"https://huggingface.co/{names[0]}/resolve/main/config.json", timeout=10
-        ).close()
+        urllib.request.urlopen(address, timeout=10).close()
     except OSError as error:
         pytest.skip(
             f"the hub cannot be reached, so the kernels of {names[0]} were NOT compared"
             f" ({error})"
         )
-    before, after = (bigs.kernels_of(bigs.pretrained_model(name)) for name in names)
+    return [bigs.kernels_of(bigs.pretrained_model(name)) for name in names]
+
+
+@pytest.mark.slow
+def test_the_published_kernels_are_those_of_figure_3(published):
+    before, _ = published
     for layer, places in STRONGEST.items():
-        assert bigs.around(before[layer]).argmax() - 10 in places, f"layer {layer}"
+        row = bigs.around(before[layer])
+        assert row.argmax() - 10 in places, f"layer {layer}"
     for layer, values in VALUES.items():
+        row = bigs.around(before[layer])
         for place, value in values.items():
-            assert bigs.around(before[layer])[10 + place] == pytest.approx(
-                value, abs=0.1
-            ), f"layer {layer}, {place}"
+            assert abs(row[10 + place] - value) < 0.1, f"layer {layer}, {place}"
+
+
+@pytest.mark.slow
+def test_the_published_kernels_are_those_of_figure_4(published):
     for (layer, side), values in CURVES.items():
-        for lag, pair in values.items():
-            found = [
-                np.abs(kernels[layer, side]) / np.abs(kernels[layer, side]).max()
-                for kernels in (before, after)
-            ]
-            assert [curve[lag] for curve in found] == pytest.approx(pair, abs=0.08), (
-                f"layer {layer}, lag {lag}"
-            )
+        curves = [np.abs(kernels[layer, side]) for kernels in published]
+        for lag, wanted in values.items():
+            found = [curve[lag] / curve.max() for curve in curves]
+            assert found == pytest.approx(wanted, abs=0.08), f"layer {layer}, {lag}"

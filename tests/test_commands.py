@@ -13,103 +13,116 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import pytest
-from commands import PRETRAIN, run
+from commands import TINY, run
 from small import ROOT
 
 import annotated_bigs as bigs
 
-FILL = ("fill-mask", "a [MASK] b")
+
+@pytest.fixture
+def main(project, monkeypatch):
+    """A command in this process, in the folder of the project; returns its status."""
+    compiled = jax.config.jax_compilation_cache_dir
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(bigs, "RUNS", project / "runs")
+
+    def run_here(*arguments):
+        with pytest.raises(SystemExit) as left:
+            bigs.main(list(arguments))
+        return left.value.code
+
+    yield run_here
+    jax.config.update("jax_compilation_cache_dir", compiled)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            (*PRETRAIN, "--output", "runs/bad", "--corpus", "missing.txt"),
-            "corpus: missing.txt does not exist",
-        ),
-        (
-            (*PRETRAIN, "--output", "runs/bad", "--corpus", "empty.txt"),
-            "empty.txt holds no document",
-        ),
-        (
-            (*PRETRAIN, "--output", "runs/bad", "--corpus", "binary.txt"),
-            "line 1: binary data",
-        ),
-        ((*PRETRAIN, "--output", "runs/bad", "--corpus", "latin.txt"), "not UTF-8"),
-        (
-            ("pretrain", "--output", "runs/bad", "--size", "huge"),
-            "size: 'huge' does not exist; choose one of tiny",
-        ),
-        (
-            ("pretrain", "--output", "runs/bad", "--recipe", "soup"),
-            "recipe: 'soup' does not exist",
-        ),
-        (
-            (*PRETRAIN, "--output", "runs/bad", "--steps", "0"),
-            "steps: 0 is not positive",
-        ),
-        (
-            (*FILL, "--model", "no/folder/here"),
-            "no such folder, and the hub does not give it",
-        ),
-        ((*FILL, "--model", "halfmodel"), "flax_model.msgpack is missing"),
-        ((*FILL, "--model", "data"), "config.json is missing"),
-        (
-            ("benchmark", "--tpu", "v99"),
-            "tpu: 'v99' does not exist; choose one of v3, v4, v5e, v6e",
-        ),
-        (("benchmark", "--kinds", "sprint"), "kinds: 'sprint' does not exist"),
-        (("benchmark", "--lengths", "0"), "must be at least 1"),
-    ],
-)
-def test_a_mistake_is_one_line_and_writes_nothing(project, arguments, message):
+# Mistakes
+
+BAD = ("pretrain", "--output", "runs/bad")
+MISTAKES = {
+    "empty.txt holds no document": (*BAD, "--corpus", "empty.txt"),
+    "line 1: binary data": (*BAD, "--corpus", "binary.txt"),
+    "not UTF-8": (*BAD, "--corpus", "latin.txt"),
+    "size: 'huge' does not exist; choose one of tiny": (*BAD, "--size", "huge"),
+    "recipe: 'soup' does not exist": (*BAD, "--recipe", "soup"),
+    "steps: 0 is not positive": (*BAD, "--steps", "0"),
+    "flax_model.msgpack is missing": ("fill-mask", "[MASK]", "--model", "halfmodel"),
+    "config.json is missing": ("fill-mask", "[MASK]", "--model", "data"),
+    "top: 0 is not positive": ("fill-mask", "one of [MASK]", "--top", "0"),
+    "tpu: 'v99' does not exist; choose one of v3, v4, v5e, v6e": (
+        *("benchmark", "--tpu", "v99"),
+    ),
+    "kinds: 'sprint' does not exist": ("benchmark", "--kinds", "sprint"),
+    "must be at least 1": ("benchmark", "--lengths", "0"),
+}
+
+
+def assert_one_line(project, message, out, err):
+    """Nothing but an error is said, and nothing is written."""
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Traceback" not in err
+    assert not out
+    assert not (project / "runs" / "bad").exists()
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(project, main, capsys, message):
     (project / "empty.txt").write_text("")
     (project / "binary.txt").write_bytes(b"\0\1\2")
     (project / "latin.txt").write_bytes("Stra\xdfe\n\n".encode("latin1") * 40)
     (project / "halfmodel").mkdir(exist_ok=True)
-    shutil.copy(
-        ROOT / "tests" / "golden" / "mlm" / "config.json", project / "halfmodel"
-    )
+    shutil.copy(ROOT / "tests/golden/mlm/config.json", project / "halfmodel")
+
+    status = main(*MISTAKES[message])
+
+    assert status == 2
+    assert_one_line(project, message, *capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (
+            "corpus: missing.txt does not exist",
+            (*BAD, *TINY, "--corpus", "missing.txt"),
+        ),
+        (
+            "no such folder, and the hub does not give it",
+            ("fill-mask", "a [MASK] b", "--model", "no/folder/here"),
+        ),
+    ],
+)
+def test_a_mistake_ends_a_process_with_status_2(project, message, arguments):
     result = run(project, *arguments)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert (
-        len([line for line in result.stderr.splitlines() if line.startswith("error:")])
-        == 1
-    )
-    assert not (project / "runs" / "bad").exists()
-    assert not result.stdout
+    assert result.returncode == 2
+    assert_one_line(project, message, result.stdout, result.stderr)
 
 
-def test_unknown_command_and_help(project):
+def test_an_unknown_command_ends_a_process_with_status_2(project):
     assert run(project, "dance").returncode == 2
-    for command in (
-        "figures",
-        "pretrain",
-        "export",
-        "compare",
-        "inspect",
-        "finetune",
-        "fill-mask",
-        "benchmark",
-    ):
-        result = run(project, command, "--help")
-        assert result.returncode == 0
-        assert "usage" in result.stdout
+
+
+@pytest.mark.parametrize("command", bigs.COMMANDS)
+def test_every_command_has_help(main, capsys, command):
+    assert main(command, "--help") == 0
+    assert "usage" in capsys.readouterr().out
+
+
+# What is shown
 
 
 def written_commands():
     """Every command that README and document show, as arguments."""
+    shown = re.compile(
+        r"^ *(?:JAX_PLATFORMS=cpu )?python annotated_bigs\.py (.+)$", re.MULTILINE
+    )
     for name in ("README.md", "annotated_bigs.py"):
-        text = (ROOT / name).read_text().replace("\n# ", "\n").replace("\\\n", " ")
-        for line in re.findall(
-            r"^ *(?:JAX_PLATFORMS=cpu )?python annotated_bigs\.py (.+)$",
-            text,
-            re.MULTILINE,
-        ):
+        text = (ROOT / name).read_text()
+        text = text.replace("\n# ", "\n").replace("\\\n", " ")
+        for line in shown.findall(text):
             yield tuple(shlex.split(line, comments=True))
 
 
@@ -121,32 +134,34 @@ def test_commands_that_are_shown_exist(arguments, monkeypatch):
     def stub(command):
         return functools.wraps(command)(lambda *_, **__: called.append(command))
 
-    monkeypatch.setattr(
-        bigs,
-        "COMMANDS",
-        {name: stub(command) for name, command in bigs.COMMANDS.items()},
-    )
+    stubs = {name: stub(command) for name, command in bigs.COMMANDS.items()}
+    monkeypatch.setattr(bigs, "COMMANDS", stubs)
     bigs.main(list(arguments))
     assert len(called) == 1
 
 
+def printed(project, *arguments):
+    """What a command prints that succeeds."""
+    result = run(project, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 def test_the_box_answers_at_once(project):
     """The README's first two commands after installation and run."""
-    filled = run(project, "fill-mask", "He opened the [MASK] and walked into the room.")
-    assert filled.returncode == 0, filled.stderr
-    assert "door" in filled.stdout
-    read = run(project, "inspect")
-    assert read.returncode == 0, read.stderr
-    assert "strongest position" in read.stdout
-    assert run(project, "fill-mask", "one of [MASK]", "--top", "0").returncode == 2
+    sentence = "He opened the [MASK] and walked into the room."
+    assert "door" in printed(project, "fill-mask", sentence)
+    assert "strongest position" in printed(project, "inspect")
 
 
 def test_figures_are_redrawn(project):
-    result = run(project, "figures")
-    assert result.returncode == 0, result.stderr
+    printed(project, "figures")
     drawn = {path.name for path in (project / "figures").glob("*.png")}
     assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
     assert len(drawn) >= 8
+
+
+# fill-mask
 
 
 @pytest.fixture(scope="module")
@@ -154,159 +169,123 @@ def models(tmp_path_factory):
     """A folder with a small untrained model and its tokenizer, and one with a
     classifier.
     """
-    tokenizer = bigs.train_tokenizer(
-        ["to be or not to be that is the question"] * 20, 60
-    )
+    tokenizer = bigs.train_tokenizer(["to be or not to be"] * 20, 60)
     config = bigs.Config(len(tokenizer), 8, 1, 24, 16, num_ssm=4)
     folder = tmp_path_factory.mktemp("models")
-    for name, task in (
-        ("filler", "masked_lm"),
-        ("classifier", "sequence_classification"),
-    ):
+    tasks = {"filler": "masked_lm", "classifier": "sequence_classification"}
+    for name, task in tasks.items():
         bigs.save_pretrained(bigs.BiGS(config, task), folder / name)
         tokenizer.save_pretrained(folder / name)
+    bigs.save_pretrained(bigs.BiGS(config), folder / "bare")
     return folder
 
 
 def test_fill_mask_prints_a_table_for_each_mask(models, capsys):
-    bigs.main(
-        [
-            "fill-mask",
-            "to [MASK] or not to [MASK]",
-            "--model",
-            str(models / "filler"),
-            "--top",
-            "4",
-        ]
-    )
+    text = "to [MASK] or not to [MASK]"
+    bigs.main(["fill-mask", text, "--model", str(models / "filler"), "--top", "4"])
     out, err = capsys.readouterr()
+    assert "error" not in err
     lines = out.splitlines()
-    assert [line for line in lines if line.startswith("[MASK]")] == [
-        "[MASK] 1",
-        "[MASK] 2",
-    ]
     assert len(lines) == 10
-    for first in (1, 6):
-        shares = [
-            float(line.split()[1].removesuffix("%"))
-            for line in lines[first : first + 4]
-        ]
+    for number, table in enumerate((lines[:5], lines[5:]), 1):
+        assert table[0] == f"[MASK] {number}"
+        shares = [float(line.split()[1].removesuffix("%")) for line in table[1:]]
         assert shares == sorted(shares, reverse=True)
         assert 0 < sum(shares) < 100
-    assert "error" not in err
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("text", "model", "message"),
     [
-        ("to be", (), "there is no [MASK] in it; write [MASK] where"),
+        ("to be", "filler", r"there is no \[MASK\] in it; write \[MASK\] where"),
         (
             "[MASK] " + "to be " * 10,
-            (),
-            "22 tokens|23 tokens, but this model reads at most 16; cut the text",
+            "filler",
+            "2[23] tokens, but this model reads at most 16; cut the text",
         ),
-        ("[MASK]", ("--top", "0"), "top: 0 is not positive"),
-        (
-            "[MASK]",
-            ("--model", "classifier"),
-            "this model has no head for masked words",
-        ),
-        ("[MASK]", ("--model", "bare"), "tokenizer.json is missing; copy it from"),
+        ("[MASK]", "classifier", "this model has no head for masked words"),
+        ("[MASK]", "bare", "tokenizer.json is missing; copy it from"),
     ],
 )
-def test_fill_mask_helps(models, capsys, text, options, message):
-    if "bare" in options:
-        shutil.copytree(
-            models / "filler",
-            models / "bare",
-            ignore=shutil.ignore_patterns("tokenizer*"),
-        )
-    options = [
-        str(models / word) if word in ("classifier", "bare") else word
-        for word in options
-    ]
-    options += [] if "--model" in options else ["--model", str(models / "filler")]
+def test_fill_mask_helps(models, capsys, text, model, message):
     with pytest.raises(SystemExit, match="2"):
-        bigs.main(["fill-mask", text, *options])
+        bigs.main(["fill-mask", text, "--model", str(models / model)])
     out, err = capsys.readouterr()
-    assert any(part in err for part in message.split("|"))
     assert err.startswith("error: ")
+    assert re.search(message, err)
     assert not out
 
 
+# Whole runs
+
+
 @pytest.mark.slow
-def test_pretrain_resume_fill_mask_finetune(project):
-    tiny = (
-        *PRETRAIN,
-        "--corpus",
-        "corpus.txt",
-        "--output",
-        "runs/mine",
-        "--steps",
-        "3",
-    )
-    first = run(project, *tiny)
-    assert first.returncode == 0, first.stderr
-    assert "held-out loss" in first.stdout
-    assert run(project, *tiny).returncode == 2  # the folder holds a run
-    again = run(project, *tiny, "--resume")
-    assert again.returncode == 0, again.stderr
-    log = [
-        json.loads(line)
-        for line in (project / "runs/mine/log.jsonl").read_text().splitlines()
-    ]
-    assert [r["step"] for r in log] == [0, 3, 3]
-    filled = run(
-        project,
-        "fill-mask",
-        "The sum is an [MASK] number.",
-        "--model",
-        "runs/mine",
-        "--top",
-        "3",
-    )
-    assert filled.returncode == 0, filled.stderr
-    assert filled.stdout.count("%") == 3
-    long = run(
-        project, "fill-mask", "sum [MASK] " + "number " * 300, "--model", "runs/mine"
-    )
+def test_pretrain_resume_fill_mask(project):
+    tiny = ("pretrain", *TINY, "--corpus", "corpus.txt", "--steps", "3")
+    output = ("--output", "runs/mine")
+    assert "held-out loss" in printed(project, *tiny, *output)
+    assert run(project, *tiny, *output).returncode == 2  # the folder holds a run
+    printed(project, *tiny, *output, "--resume")
+    log = bigs.read_log(project / "runs/mine")
+    assert [record["step"] for record in log] == [0, 3, 3]
+
+    model = ("--model", "runs/mine")
+    text = "The sum is an [MASK] number."
+    assert printed(project, "fill-mask", text, *model, "--top", "3").count("%") == 3
+    long = run(project, "fill-mask", "sum [MASK] " + "number " * 300, *model)
     assert long.returncode == 2
     assert "reads at most 128" in long.stderr
-    unmasked = run(project, "fill-mask", "The sum.", "--model", "runs/mine")
+    unmasked = run(project, "fill-mask", "The sum.", *model)
     assert unmasked.returncode == 2
     assert "no [MASK]" in unmasked.stderr
 
 
-@pytest.mark.slow
-def test_the_whole_document_runs_without_network(project):
-    """The README's first command, after its installation."""
+@pytest.fixture(scope="module")
+def document_run(project):
+    """What the README's first command prints, after its installation."""
     result = run(project, timeout=1500)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "everything" in result.stdout.splitlines()[-1]
-    found = json.loads((project / "data" / "tiny.json").read_text())
-    heldout = [record["heldout"] for record in found["history"] if "heldout" in record]
-    assert heldout[0] > 8.9
-    assert heldout[-1] < 6.2
-    assert sorted(heldout, reverse=True) == heldout
-    accuracy = {name: values[0] for name, values in found["pairs"]["accuracy"].items()}
-    assert set(accuracy) == {
-        "pretrained",
-        "not pretrained",
-        "word overlap",
-        "always yes",
-    }
-    assert all(0.4 < value < 0.9 for value in accuracy.values())
-    assert accuracy["word overlap"] > 0.6
-    assert found["step"]["ratio"] < 2, (
-        "a training step takes more than twice its own matrix products"
-    )
-    assert len(list((project / "figures").glob("*.png"))) == len(
-        list((ROOT / "figures").glob("*.png"))
-    )
+    return result.stdout
+
+
+@pytest.fixture
+def found(document_run, project):
+    """The results that the document measured while it ran."""
+    return json.loads((project / "data" / "tiny.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_whole_document_runs_without_network(document_run, project):
+    assert "everything" in document_run.splitlines()[-1]
+    drawn = {path.name for path in (project / "figures").glob("*.png")}
+    assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
     assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
-    filled = run(project, "fill-mask", "The function [MASK] a new array.")
-    assert filled.returncode == 0
-    assert filled.stdout.count("%") == 10
+    text = "The function [MASK] a new array."
+    assert printed(project, "fill-mask", text).count("%") == 10
+
+
+@pytest.mark.slow
+def test_the_documents_model_learns(found):
+    losses = [record["heldout"] for record in found["history"] if "heldout" in record]
+    assert losses[0] > 8.9
+    assert losses[-1] < 6.2
+    assert sorted(losses, reverse=True) == losses
+
+
+@pytest.mark.slow
+def test_the_documents_pairs_are_told_apart(found):
+    values = found["pairs"]["accuracy"]
+    accuracy = {name: seeds[0] for name, seeds in values.items()}
+    rivals = {"pretrained", "not pretrained", "word overlap", "always yes"}
+    assert set(accuracy) == rivals
+    assert accuracy["word overlap"] > 0.6
+    for value in accuracy.values():
+        assert 0.4 < value < 0.9
+
+
+@pytest.mark.slow
+def test_the_documents_step_takes_at_most_twice_its_products(found):
+    assert found["step"]["ratio"] < 2
 
 
 @pytest.mark.timing

@@ -27,24 +27,6 @@ import annotated_bigs as bigs
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / "shared/data/vocab/bert-base-uncased-vocab.txt"
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".zst": lambda data: zstd(data),
-}
-SYLLABLES = np.random.default_rng(0).choice(
-    ["ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "we"], (750, 20, 3)
-)
-TEXTS = [
-    " ".join(map("".join, text)) + f" {number}."
-    for number, text in enumerate(SYLLABLES)
-]
-TEXTS, OTHERS, THIRDS = (
-    TEXTS[:600],
-    TEXTS[600:],
-    (TEXTS[:200], TEXTS[200:400], TEXTS[400:600]),
-)
 L = 16
 
 
@@ -53,6 +35,27 @@ def zstd(data):
         with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
             stream.write(data)
         return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def random_texts(count):
+    """Each of twenty words of three syllables, and a number."""
+    syllables = ("ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "we")
+    texts = []
+    for number, words in enumerate(
+        np.random.default_rng(0).choice(syllables, (count, 20, 3))
+    ):
+        text = " ".join(map("".join, words))
+        texts.append(f"{text} {number}.")
+    return texts
+
+
+TEXTS = random_texts(750)
+OTHERS = TEXTS[600:]
+TEXTS = TEXTS[:600]
+THIRDS = (TEXTS[:200], TEXTS[200:400], TEXTS[400:600])
 
 
 def write(file, texts):
@@ -102,19 +105,16 @@ def is_held(text):
 
 def row_list(texts, tokenizer):
     """Packing in other words: one stream, cut."""
-    stream = [
-        i
-        for t in texts
-        for i in (
-            *tokenizer.encode(t, add_special_tokens=False),
-            tokenizer.sep_token_id,
-        )
-    ]
-    cuts = range(0, len(stream) - (L - 2) + 1, L - 2)
-    return [
-        [tokenizer.cls_token_id, *stream[cut : cut + L - 2], tokenizer.sep_token_id]
-        for cut in cuts
-    ]
+    first = tokenizer.cls_token_id
+    last = tokenizer.sep_token_id
+    stream = []
+    for text in texts:
+        stream += [*tokenizer.encode(text, add_special_tokens=False), last]
+    inside = L - 2
+    rows = []
+    for cut in range(0, len(stream) - inside + 1, inside):
+        rows.append([first, *stream[cut : cut + inside], last])
+    return rows
 
 
 def restored(batch):
@@ -129,19 +129,16 @@ def check(data, parts, tokenizer):
     """The rows of a data set are those of these texts, in order; the held-out ones in
     the order of their batch.
     """
-    train, held = (
-        [
-            row
-            for texts in parts
-            for row in row_list([t for t in texts if is_held(t) == side], tokenizer)
-        ]
-        for side in (False, True)
-    )
+    train = []
+    held = []
+    for texts in parts:
+        train += row_list([text for text in texts if not is_held(text)], tokenizer)
+        held += row_list([text for text in texts if is_held(text)], tokenizer)
     assert data.train.tokens[:].tolist() == train
     assert 0 < len(held) <= 64
-    assert [restored(b) for b in data.heldout] == [
-        [held[i] for i in bigs.epoch_order(len(held), 0, 0)]
-    ]
+    order = bigs.epoch_order(len(held), 0, 0)
+    (batch,) = data.heldout
+    assert restored(batch) == [held[number] for number in order]
 
 
 def refused(message, function, *arguments):
@@ -220,35 +217,35 @@ CUT, NOT = (
 )
 
 
+BAD_FILES = [
+    (
+        "binary.txt",
+        b"abc\n\0\1\2",
+        "line 2: binary data, not text; give a text file",
+    ),
+    ("latin.txt", b"Stra\xdfe", "after line 0: not UTF-8; convert it"),
+    (
+        "bad.jsonl",
+        b'{"text": "a"}\n{"text": ',
+        'line 2: not a JSON object with a field "text".* mend',
+    ),
+    (
+        "field.jsonl",
+        b'{"words": "a"}\n',
+        'line 1: not a JSON object with a field "text"',
+    ),
+    *(
+        (f"cut.txt{suffix}", COMPRESS[suffix](LONG)[:100_000], CUT)
+        for suffix in (".gz", ".xz", ".zst")
+    ),
+    *((f"plain.txt{suffix}", b"plain text", NOT) for suffix in (".gz", ".xz", ".zst")),
+    ("damaged.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 99, NOT),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [
-        (
-            "binary.txt",
-            b"abc\n\0\1\2",
-            "line 2: binary data, not text; give a text file",
-        ),
-        ("latin.txt", b"Stra\xdfe", "after line 0: not UTF-8; convert it"),
-        (
-            "bad.jsonl",
-            b'{"text": "a"}\n{"text": ',
-            'line 2: not a JSON object with a field "text".* mend',
-        ),
-        (
-            "field.jsonl",
-            b'{"words": "a"}\n',
-            'line 1: not a JSON object with a field "text"',
-        ),
-        *(
-            (f"cut.txt{suffix}", COMPRESS[suffix](LONG)[:100_000], CUT)
-            for suffix in (".gz", ".xz", ".zst")
-        ),
-        *(
-            (f"plain.txt{suffix}", b"plain text", NOT)
-            for suffix in (".gz", ".xz", ".zst")
-        ),
-        ("damaged.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 99, NOT),
-    ],
+    BAD_FILES,
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_bad_files_are_named_and_leave_nothing(
@@ -393,17 +390,19 @@ def test_only_what_changed_is_read_again(tmp_path, tokenizer, reader):
 def shard_fields(n=130, L=128, P=20, V=300):
     """What the toolkit academic-budget-bert writes."""
     random = np.random.default_rng(n)
-    inside = np.arange(L) < random.integers(40, 97, (n, 1)).clip(0, L)
+    lengths = random.integers(40, 97, (n, 1)).clip(0, L)
+    inside = np.arange(L) < lengths
     positions = np.sort(random.random((n, 38)).argsort(1)[:, :P] + 1)
-    positions[np.arange(P) >= random.integers(1, P + 1, (n, 1))] = 0
+    counts = random.integers(1, P + 1, (n, 1))
+    positions[np.arange(P) >= counts] = 0
+    tokens = random.integers(5, V, (n, L))
+    labels = random.integers(5, V, (n, P))
     return {
-        "input_ids": np.where(inside, random.integers(5, V, (n, L)), 0).astype("i4"),
+        "input_ids": np.where(inside, tokens, 0).astype("i4"),
         "input_mask": inside.astype("i1"),
         "segment_ids": np.zeros((n, L), "i1"),
         "masked_lm_positions": positions.astype("i4"),
-        "masked_lm_ids": (
-            np.where(positions > 0, random.integers(5, V, (n, P)), 0).astype("i4")
-        ),
+        "masked_lm_ids": np.where(positions > 0, labels, 0).astype("i4"),
     }
 
 
@@ -486,23 +485,26 @@ def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
     )
 
 
+BAD_SHARDS = [
+    (lambda f: f.pop("masked_lm_ids"), "masked_lm_ids is missing"),
+    (lambda f: f.pop("input_ids"), "input_ids is missing"),
+    (
+        lambda f: f.update(input_mask=f["input_mask"][:-1]),
+        "input_mask is missing or shorter",
+    ),
+    (lambda f: f.update(shard_fields(L=64)), "input_ids .*64.* 128"),
+    (lambda f: f.update(shard_fields(P=10)), "masked_lm_positions .*10.* 20"),
+    (lambda f: f.update(shard_fields(V=999)), "input_ids .*99[678].* (299|300)"),
+    (
+        lambda f: f["masked_lm_positions"].__setitem__((3, 0), 128),
+        "masked_lm_positions .*128.*",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        (lambda f: f.pop("masked_lm_ids"), "masked_lm_ids is missing"),
-        (lambda f: f.pop("input_ids"), "input_ids is missing"),
-        (
-            lambda f: f.update(input_mask=f["input_mask"][:-1]),
-            "input_mask is missing or shorter",
-        ),
-        (lambda f: f.update(shard_fields(L=64)), "input_ids .*64.* 128"),
-        (lambda f: f.update(shard_fields(P=10)), "masked_lm_positions .*10.* 20"),
-        (lambda f: f.update(shard_fields(V=999)), "input_ids .*99[678].* (299|300)"),
-        (
-            lambda f: f["masked_lm_positions"].__setitem__((3, 0), 128),
-            "masked_lm_positions .*128.*",
-        ),
-    ],
+    BAD_SHARDS,
     ids=["field", "rows", "shorter", "width", "places", "vocabulary", "position"],
 )
 def test_bad_shards_are_named(tmp_path, tokenizer, change, message):
@@ -697,7 +699,7 @@ def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
 
 
 def test_a_vocabulary_is_of_the_beginning_of_every_part(tmp_path):
-    held = next(text for i in itertools.count() if is_held(text := f"ж {i}"))
+    held = next(filter(is_held, map("ж {}".format, itertools.count())))
     for name, first, last in (("a.txt", "α", "β"), ("b.txt", "γ", "δ")):
         write(tmp_path / "texts" / name, [held, first, *TEXTS, last])
     for megabytes, parts, wanted in (
@@ -720,35 +722,25 @@ print(json.dumps(sorted(pieces.items())))
 
 
 def test_two_processes_train_one_vocabulary_of_at_most_400_letters(tmp_path):
-    letters = [chr(0xA000 + i) for i in range(1000)] + [
-        chr(0x4E00 + i) for i in range(2000)
-    ]  # Yi and Chinese
-    words = [
-        "".join(word) for word in np.random.default_rng(0).choice(letters, (9000, 3))
-    ]
-    source = write(
-        tmp_path / "a.txt",
-        [*TEXTS, *(" ".join(words[i : i + 30]) for i in range(0, 9000, 30))],
-    )
-    runs = [
-        subprocess.Popen(
+    yi = map(chr, range(0xA000, 0xA000 + 1000))
+    chinese = map(chr, range(0x4E00, 0x4E00 + 2000))
+    letters = [*yi, *chinese]
+    words = np.random.default_rng(0).choice(letters, (300, 30, 3))
+    texts = [" ".join(map("".join, text)) for text in words]
+    source = write(tmp_path / "a.txt", [*TEXTS, *texts])
+    runs = []
+    for number in range(2):
+        own = {"HF_DATASETS_CACHE": str(tmp_path / str(number)), "JAX_PLATFORMS": "cpu"}
+        run = subprocess.Popen(
             [sys.executable, "-c", VOCABULARY, str(ROOT), source],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ
-            | {
-                "HF_DATASETS_CACHE": str(tmp_path / str(i)),
-                "JAX_PLATFORMS": "cpu",
-            },
+            env=os.environ | own,
         )
-        for i in range(2)
-    ]
+        runs.append(run)
     first, second = [json.loads(run.communicate()[0]) for run in runs]
-    found = set(
-        "".join(
-            piece.removeprefix("##") for piece, _ in first if not piece.startswith("[")
-        )
-    )
+    pieces = [piece.removeprefix("##") for piece, _ in first if piece[0] != "["]
+    found = set("".join(pieces))
     assert first == second
     assert len(found) == 400
     assert set("badokilumenorasituwe.0123456789") < found

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -199,13 +198,22 @@ def test_a_mirror_may_fail_twice(tmp_path):
     assert len(calls) == 5
 
 
+def test_no_file_of_tests_imports_another():
+    """What several share lies in modules whose names do not begin with test_."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\s*(from|import) test_", line), path.name
+
+
+@pytest.mark.slow
 def test_pytest_collects_the_document_and_its_tests_only():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    assert settings["pytest"]["ini_options"]["testpaths"] == [
-        "annotated_bigs.py",
-        "workshop",
-        "tests",
-    ]
+    collected = output(
+        sys.executable, "-m", "pytest", "--doctest-modules", "--collect-only", "-q"
+    )
+    files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
+    tests = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
+    workshop = {f"workshop/{path.name}" for path in (ROOT / "workshop").glob("*.py")}
+    assert files == {"annotated_bigs.py"} | workshop | tests
 
 
 LOWER_BOUND = re.compile(r"[A-Za-z0-9_-]+>=\d+(\.\d+)*")
@@ -313,14 +321,15 @@ MACHINE = re.compile(
 
 
 def test_no_file_names_a_machine_or_an_index():
-    texts = {path: path.read_bytes() for path in tracked()}
-    found = {
-        str(path.relative_to(ROOT)): match[0]
-        for path, text in texts.items()
-        if b"\0" not in text
-        and (match := MACHINE.search(text.decode(errors="replace")))
-    }
-    assert found == {}
+    listing = output(
+        "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"
+    )
+    paths = [ROOT / name for name in listing.split("\0") if name]
+    for path in filter(Path.is_file, paths):
+        text = path.read_bytes()
+        if b"\0" not in text:
+            match = MACHINE.search(text.decode(errors="replace"))
+            assert match is None, path
 
 
 @pytest.mark.parametrize("name", ["|root|x", "|tmp|x", "https:||pypi[.]org"])

@@ -108,19 +108,22 @@ def with_D_in_one_direction(u, ssm, past=True, algorithm="auto"):
     return bigs.convolve_toeplitz(u, K.at[0].add(ssm.D if past else 0), past)
 
 
+CHOICES = [
+    ("mlm", {}, {"pre_norm": False}, 1.6),
+    ("mlm", {"gelu": EXACT}, {}, 1.1e-5),
+    ("mlm", {"gelu_exact": TANH}, {}, 4.8e-4),
+    ("mlm", {}, {"layer_norm_eps": 1e-5}, 2.9e-4),
+    ("sequence_classification", {}, {"pooler_type": "mean"}, 1.1),
+    ("sequence_classification", {}, {"pooler_type": "cls"}, 1.9),
+    ("mlm", {"convolve": with_D_in_one_direction}, {}, 1.9e-3),
+    ("mlm", {"ssm_kernel": lambda ssm, L: 2 * KERNEL(ssm, L)}, {}, 3.5e-3),
+    ("mlm", {}, {"mask_padding": True}, 2.2e-3),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "patch", "changes", "effect"),
-    [
-        ("mlm", {}, {"pre_norm": False}, 1.6),
-        ("mlm", {"gelu": EXACT}, {}, 1.1e-5),
-        ("mlm", {"gelu_exact": TANH}, {}, 4.8e-4),
-        ("mlm", {}, {"layer_norm_eps": 1e-5}, 2.9e-4),
-        ("sequence_classification", {}, {"pooler_type": "mean"}, 1.1),
-        ("sequence_classification", {}, {"pooler_type": "cls"}, 1.9),
-        ("mlm", {"convolve": with_D_in_one_direction}, {}, 1.9e-3),
-        ("mlm", {"ssm_kernel": lambda ssm, L: 2 * KERNEL(ssm, L)}, {}, 3.5e-3),
-        ("mlm", {}, {"mask_padding": True}, 2.2e-3),
-    ],
+    CHOICES,
 )
 def test_each_choice_of_the_authors_is_heard(monkeypatch, name, patch, changes, effect):
     """What another choice would do, as room 16 tells it; without these choices the
@@ -363,69 +366,72 @@ def renamed(flat, old, new):
     return {name.replace(old, new): array for name, array in flat.items()}
 
 
+MISFITS = [
+    (
+        lambda t: t.pop(ending(t, "layer/1/dol/kernel")),
+        "lack s4_bert/encoder/layer/1/dol/kernel",
+    ),
+    (
+        lambda t: t.pop("s4_bert/embeddings/LayerNorm/bias"),
+        "lack s4_bert/embeddings/LayerNorm/bias",
+    ),
+    (
+        lambda t: t.pop("cls/predictions/transform/dense/bias"),
+        "lack cls/predictions/transform/dense/bias",
+    ),
+    (
+        lambda t: t.pop("s4_bert/embeddings/word_embeddings/embedding"),
+        "lack s4_bert/embeddings/word_embeddings",
+    ),
+    (
+        lambda t: t.update({ending(t, "layer/0/do/bias"): np.zeros(7, np.float32)}),
+        r"layer/0/do/bias has shape \(7,\), config.json wants \(32,\)",
+    ),
+    (
+        lambda t: t.update({ending(t, "layer/0/fs4/D"): np.float32(1)}),
+        r"fs4/D has shape \(\)",
+    ),
+    (lambda t: t.update({ending(t, "layer/0/fs4/D"): "one"}), "fs4/D has shape"),
+    (
+        lambda t: t.update({ending(t, "layer/0/fs4/D"): np.ones(1, int)}),
+        "fs4/D does not hold finite real numbers",
+    ),
+    (
+        lambda t: t.update({ending(t, "layer/0/fs4/D"): np.ones(1, complex)}),
+        "fs4/D does not hold finite real",
+    ),
+    (
+        lambda t: t.update(
+            {ending(t, "layer/0/fs4/D"): np.full(1, np.nan, np.float32)}
+        ),
+        "fs4/D does not hold finite",
+    ),
+    (
+        lambda t: t.update({"s4_bert/encoder/layer/9/do/bias": np.zeros(7)}),
+        "no place for: s4_bert/encoder/layer/9/do",
+    ),
+    (
+        lambda t: t.update({"s4_bert/encoder/layer/0/query/bias": np.zeros(7)}),
+        "no place for: .*layer/0/query",
+    ),
+    (
+        lambda t: t.update({"other/encoder/layer/0/do/bias": np.zeros(7)}),
+        "no place for: other/encoder",
+    ),
+    (
+        lambda t: t.update({"cls/predictions/scale": np.zeros(7)}),
+        "no place for: cls/predictions/scale",
+    ),
+    (
+        lambda t: t.update({"optimizer/step": np.zeros(7)}),
+        "no place for: optimizer/step",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        (
-            lambda t: t.pop(ending(t, "layer/1/dol/kernel")),
-            "lack s4_bert/encoder/layer/1/dol/kernel",
-        ),
-        (
-            lambda t: t.pop("s4_bert/embeddings/LayerNorm/bias"),
-            "lack s4_bert/embeddings/LayerNorm/bias",
-        ),
-        (
-            lambda t: t.pop("cls/predictions/transform/dense/bias"),
-            "lack cls/predictions/transform/dense/bias",
-        ),
-        (
-            lambda t: t.pop("s4_bert/embeddings/word_embeddings/embedding"),
-            "lack s4_bert/embeddings/word_embeddings",
-        ),
-        (
-            lambda t: t.update({ending(t, "layer/0/do/bias"): np.zeros(7, np.float32)}),
-            r"layer/0/do/bias has shape \(7,\), config.json wants \(32,\)",
-        ),
-        (
-            lambda t: t.update({ending(t, "layer/0/fs4/D"): np.float32(1)}),
-            r"fs4/D has shape \(\)",
-        ),
-        (lambda t: t.update({ending(t, "layer/0/fs4/D"): "one"}), "fs4/D has shape"),
-        (
-            lambda t: t.update({ending(t, "layer/0/fs4/D"): np.ones(1, int)}),
-            "fs4/D does not hold finite real numbers",
-        ),
-        (
-            lambda t: t.update({ending(t, "layer/0/fs4/D"): np.ones(1, complex)}),
-            "fs4/D does not hold finite real",
-        ),
-        (
-            lambda t: t.update(
-                {ending(t, "layer/0/fs4/D"): np.full(1, np.nan, np.float32)}
-            ),
-            "fs4/D does not hold finite",
-        ),
-        (
-            lambda t: t.update({"s4_bert/encoder/layer/9/do/bias": np.zeros(7)}),
-            "no place for: s4_bert/encoder/layer/9/do",
-        ),
-        (
-            lambda t: t.update({"s4_bert/encoder/layer/0/query/bias": np.zeros(7)}),
-            "no place for: .*layer/0/query",
-        ),
-        (
-            lambda t: t.update({"other/encoder/layer/0/do/bias": np.zeros(7)}),
-            "no place for: other/encoder",
-        ),
-        (
-            lambda t: t.update({"cls/predictions/scale": np.zeros(7)}),
-            "no place for: cls/predictions/scale",
-        ),
-        (
-            lambda t: t.update({"optimizer/step": np.zeros(7)}),
-            "no place for: optimizer/step",
-        ),
-    ],
+    MISFITS,
 )
 def test_misfitting_weights_are_named(tmp_path, change, message):
     flat = flat_tree()
@@ -435,28 +441,31 @@ def test_misfitting_weights_are_named(tmp_path, change, message):
     assert str(tmp_path / "flax_model.msgpack") in str(caught.value)
 
 
+CONTRADICTIONS = [
+    ("num_hidden_layers", 4, "lack s4_bert/encoder/layer/3"),
+    ("num_hidden_layers", 2, "no place for: .*layer/2/"),
+    ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+    ("vocab_size", 500, "has shape .*512, 32.*wants .*500, 32"),
+    ("hidden_size", 64, "has shape"),
+    ("hidden_size", 10**12, "has shape"),
+    ("num_ssm", 32, "[fb]s4/.* has shape"),
+    ("max_position_embeddings", 128, "position_embeddings/embedding has shape"),
+    ("block", "stack", "layer/0/.* has shape|lack .*layer/0/W_"),
+    ("routing", "attention", "no place for: .*[fb]s4"),
+    ("intermediate_size", 97, "has shape"),
+    ("hidden_size", "wide", "hidden_size is 'wide'"),
+    ("hidden_size", 32.5, "hidden_size is 32.5"),
+    ("pre_norm", 1, "pre_norm is 1"),
+    ("num_ssm", True, "num_ssm is True"),
+    ("scaling", "log", "scaling: 'log'"),
+    ("hidden_dropout_prob", "0.1", "hidden_dropout_prob is '0.1'"),
+    ("id2label", 3, "not JSON, or not a model's"),
+]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [
-        ("num_hidden_layers", 4, "lack s4_bert/encoder/layer/3"),
-        ("num_hidden_layers", 2, "no place for: .*layer/2/"),
-        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
-        ("vocab_size", 500, "has shape .*512, 32.*wants .*500, 32"),
-        ("hidden_size", 64, "has shape"),
-        ("hidden_size", 10**12, "has shape"),
-        ("num_ssm", 32, "[fb]s4/.* has shape"),
-        ("max_position_embeddings", 128, "position_embeddings/embedding has shape"),
-        ("block", "stack", "layer/0/.* has shape|lack .*layer/0/W_"),
-        ("routing", "attention", "no place for: .*[fb]s4"),
-        ("intermediate_size", 97, "has shape"),
-        ("hidden_size", "wide", "hidden_size is 'wide'"),
-        ("hidden_size", 32.5, "hidden_size is 32.5"),
-        ("pre_norm", 1, "pre_norm is 1"),
-        ("num_ssm", True, "num_ssm is True"),
-        ("scaling", "log", "scaling: 'log'"),
-        ("hidden_dropout_prob", "0.1", "hidden_dropout_prob is '0.1'"),
-        ("id2label", 3, "not JSON, or not a model's"),
-    ],
+    CONTRADICTIONS,
 )
 def test_a_config_that_contradicts_the_weights_is_named(
     tmp_path, field, value, message

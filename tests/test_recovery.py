@@ -28,7 +28,7 @@ SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
 
 @pytest.fixture(scope="module")
 def begin():
-    """Starts process.py, one process of a run; what lives at the end is killed."""
+    """Starts process.py, one process of a run; at the end it kills what still lives."""
     living = []
 
     def start(output, recipe, devices=1, **plan):
@@ -63,13 +63,14 @@ def finish(*processes, status=0, seconds=180):
     return found[0]
 
 
-def run_here(output, recipe, leave=None):
+def run_here(output, recipe, leave=None, make_step=small.make_step):
     """Begin the run or go on with it, in this process, and leave after a step if told
     to.
     """
     stops = iter(step == leave for step in range(1, 1000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bigs, "product_rate", lambda dtype: 1e9)
+        patch.setattr(bigs, "make_step", make_step)
         recipe = replace(small.RECIPE, **recipe)
         bigs.pretrain(
             small.CONFIG,
@@ -179,7 +180,8 @@ def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_request_to_leave_is_followed(project):
-    pretrain = (*commands.PRETRAIN, "--corpus", "corpus.txt", "--steps", "40")
+    text = ("--corpus", "corpus.txt", "--steps", "40")
+    pretrain = ("pretrain", *commands.TINY, *text)
     whole = project / "runs/whole"
     left = project / "runs/left"
     finish(commands.start(project, *pretrain, "--output", whole))
@@ -365,15 +367,13 @@ def poisoned_after(number, make_step):
     ("after", "save_every", "named", "kept"),
     [(6, 5, 7, 5), (5, 5, 6, 0), (4, 3, 5, 3)],
 )
-def test_a_loss_that_is_not_finite_is_named(
-    tmp_path, monkeypatch, after, save_every, named, kept
-):
+def test_a_loss_that_is_not_finite_is_named(tmp_path, after, save_every, named, kept):
     """Also where parameters turn into NaN after a step whose state is to be saved."""
     recipe = dict(steps=30, save_every=save_every)
-    monkeypatch.setattr(bigs, "make_step", poisoned_after(after, bigs.make_step))
+    make_step = poisoned_after(after, small.make_step)
 
     with pytest.raises(FloatingPointError, match=f"step {named};") as raised:
-        run_here(tmp_path, recipe)
+        run_here(tmp_path, recipe, make_step=make_step)
 
     assert str(tmp_path) in str(raised.value)
     state = last_state(tmp_path, recipe)

@@ -232,9 +232,8 @@ def test_a_tpu_v3_by_its_compiler():
     )
     rows, steps = json.loads(run_python(code).splitlines()[-1])
     ratio = {row["length"]: row["ratio"] for row in rows if row["route"] == "auto"}
-    assert ratio[128] <= 1.07
-    assert ratio[512] <= 1.15
-    assert ratio[4096] <= 1.25
+    for length, most in ((128, 1.07), (512, 1.15), (4096, 1.25)):
+        assert ratio[length] <= most, length
     assert all(row["opaque"] == [] for row in rows)
     assert all(
         step["gigabytes"] and step["gigabytes"] < 0.9 * step["available"]

@@ -16,6 +16,7 @@ import small
 import annotated_bigs as bigs
 
 PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
+pytestmark = pytest.mark.usefixtures("one_step")
 
 
 def steps_of(config, recipe, count):
@@ -375,7 +376,7 @@ def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
 def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     recipe = replace(small.RECIPE, steps=4, evaluate_every=4)
     # Large weights, so that the kernels make a difference.
-    config = replace(small.CONFIG, initializer_range=0.3)
+    config = replace(small.CONFIG, initializer_range=0.3, num_hidden_layers=1)
     names = ("published", "annotated", "bfloat16")
     data = small.dataset()
 
@@ -396,13 +397,28 @@ def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     assert again == first
 
 
-def test_the_published_way_gives_the_same_loss():
+def test_the_published_way_takes_the_same_steps():
+    config = replace(small.CONFIG, num_hidden_layers=1)
+    recipe = replace(small.RECIPE, batch=2)
+    losses = []
+    for ways in (bigs.WAYS, ()):
+        own = replace(config, convolution="fft" if ways else "auto")
+        state = bigs.fresh_state(own, recipe)
+        step = bigs.step_by(ways, recipe)
+        for number in range(3):
+            batch = bigs.batch_at(small.random_rows(), 2, 0, number)
+            state, loss = step(state, batch)
+            losses.append(float(loss))
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_every_change_of_the_published_way_gives_the_same_loss():
     config = replace(small.CONFIG, num_hidden_layers=1)
 
     found = bigs.factor_speeds(config, replace(small.RECIPE, batch=2), repeats=2)
 
     assert len(found) == 2 + 2 * len(bigs.WAYS)
-    assert found["the published way"]["speed"] == 1
     for step in found.values():
         assert step["loss"] == pytest.approx(found["ours"]["loss"], rel=1e-4)
         assert step["seconds"] > 0
