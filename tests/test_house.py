@@ -257,13 +257,14 @@ BY_HAND = {"make_bert.py": {"torch"}}
 def undeclared(files: Iterable[Path], requirements: set[str]) -> set[str]:
     """What is imported and neither declared, nor of Python, nor of this project."""
     files = list(files)
-    ours = {path.stem for path in tracked("*.py")} | set(sys.stdlib_module_names)
+    modules = [path.relative_to(ROOT).with_suffix("") for path in tracked("*.py")]
+    ours = {name for module in modules for name in module.parts}
     wanted = set()
     for file in files:
         wanted |= imported(file.read_text()) - BY_HAND.get(file.name, set())
     return {
         name
-        for name in wanted - ours
+        for name in wanted - ours - sys.stdlib_module_names
         if not requirements & {normal(d) for d in DISTRIBUTIONS.get(name, [name])}
     }
 
