@@ -274,7 +274,7 @@ def undeclared(files: Iterable[Path], requirements: set[str]) -> set[str]:
         wanted |= imported(file.read_text()) - BY_HAND.get(file.name, set())
     return {
         name
-        for name in wanted - ours
+        for name in wanted - ours - sys.stdlib_module_names
         if not requirements & {normal(d) for d in DISTRIBUTIONS.get(name, [name])}
     }
 
