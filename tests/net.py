@@ -62,6 +62,19 @@ def train(model, batches, recipe):
     return losses, by_published_name(state.model)
 
 
+def updates(recipe, gradients):
+    """What the optimizer adds to a kernel of zeros, given its gradients step by step."""
+    optimizer = bigs.make_optimizer(bigs.Recipe(**recipe))
+    kernel = {"kernel": np.zeros(np.shape(gradients[0]), np.float32)}
+    state = optimizer.init(kernel)
+    found = []
+    for gradient in gradients:
+        given = {"kernel": np.asarray(gradient, np.float32)}
+        update, state = optimizer.update(given, state, kernel)
+        found.append(np.asarray(update["kernel"]))
+    return found
+
+
 def learning_rates(recipe, steps):
     """The learning rate of a pretraining recipe at some steps."""
     schedule = bigs.schedule(bigs.Recipe(**recipe))

@@ -15,23 +15,72 @@ with np.load(make_net.FILE) as FILE:
 
 
 def marked(case):
-    marks = [pytest.mark.slow] if case in make_net.SLOW else []
+    marks = [] if case in make_net.DEFAULT else [pytest.mark.slow]
     return pytest.param(case, marks=marks, id=case.replace(" ", "-"))
 
 
+# The largest difference that is let pass, as make_net.difference measures it: about four
+# times what was seen where nothing but rounding differed. Measured with jax 0.10.2 on a
+# CPU: the compiler's default optimization instead of the tests' (none), layers scanned
+# instead of written out, and weights moved by an ulp, all together.
+TOLERANCES = {
+    "logits": 1e-4,  # seen: 2.8e-5
+    "answers": 5e-5,  # 1.2e-5
+    "loss": 4e-6,  # 1.0e-6
+    "gradient": 4e-4,  # 7.8e-5
+    "losses": 1e-5,  # 2.7e-6
+    "moved": 6e-4,  # 1.3e-4
+    "tuned": 4e-4,  # 1.0e-4
+}
+# Kernels over hundreds of tokens lose digits, and so do products of products.
+LONG = TOLERANCES | {
+    "logits": 3e-3,  # 7.8e-4
+    "gradient": 5e-3,  # 1.2e-3
+}
+GATED_SSM = TOLERANCES | {
+    "gradient": 4e-3,  # 8.1e-4
+    "losses": 4e-4,  # 1.0e-4
+    "moved": 1.2e-2,  # 2.8e-3
+}
+BFLOAT16 = {
+    "logits": 0.12,  # 3.0e-2
+    "loss": 3e-3,  # 7.2e-4
+    "gradient": 0.12,  # 3.0e-2
+    "losses": 0.12,  # 3.0e-2
+}
+KINDS = {
+    "start": "answers",
+    "end": "answers",
+    "last": "tuned",
+    "best": "tuned",
+    "scores": "loss",
+    "heldout": "loss",
+}
+
+
 def tolerance(case, array):
-    return 1e-4
+    kind = "logits" if case.startswith("logits") else KINDS.get(array, array)
+    if "bfloat16" in case:
+        return BFLOAT16[kind]
+    if case.endswith(("long", "blocks")):
+        return LONG[kind]
+    return GATED_SSM[kind] if "gated-ssm" in case else TOLERANCES[kind]
 
 
-@pytest.mark.parametrize("case", map(marked, make_net.CASES))
-def test_the_program_says_what_it_said(case):
+def check(case, found):
     names = [name for name in STORED if name.startswith(f"{case}/")]
-    arrays = [name.rsplit("/", 1)[1] for name in names]
-    found = make_net.measure(case)
-    assert list(found) == arrays
-    for array, name in zip(arrays, names, strict=True):
-        difference = make_net.difference(array, found[array], STORED[name])
+    assert [f"{case}/{array}" for array in found] == names
+    for array, name in zip(found, names, strict=True):
+        difference = make_net.difference(case, array, found[array], STORED[name])
         assert difference <= tolerance(case, array), array
+
+
+MEASURED = [case for case in make_net.CASES if case != "pretraining"]  # see below
+
+
+@pytest.mark.parametrize("case", map(marked, MEASURED))
+def test_the_program_says_what_it_said(case):
+    check(case, make_net.measure(case))
 
 
 def test_batches_and_rates_are_what_they_were():
@@ -69,9 +118,9 @@ def test_stored_weights_have_their_published_names(architecture):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Bitwise, for the finished model; and the log goes on where it was."""
-    model = make_net.model_of("gated-attention", tmp_path, num_hidden_layers=1)
-    arguments = (model, make_net.token_rows(), make_net.PRETRAINING)
+    arguments = make_net.pretraining_arguments(tmp_path)
     whole = net.pretrain(tmp_path / "whole", *arguments)
+    check("pretraining", make_net.losses_of(whole))
     left = net.pretrain(tmp_path / "left", *arguments, leave_after=4)
     assert left == [entry for entry in whole if entry[0] <= 4]
     assert net.pretrain(tmp_path / "left", *arguments, resume=True) == whole
