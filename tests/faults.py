@@ -299,7 +299,6 @@ FAULTS = [
         tests=(
             doctest("asked_of"),
             "tests/test_training.py::test_masking_statistics",
-            EXACT,
         ),
     ),
     Fault(

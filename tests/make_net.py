@@ -146,12 +146,12 @@ def model_of(architecture, folder, task="masked_lm", given=None, **changes):
 def write_weights(folder, weights):
     """Write arrays by published name, without the program."""
     if ULP:
-        weights = {name: moved(array) for name, array in weights.items()}
+        weights = {name: nudged(array) for name, array in weights.items()}
     tree = traverse_util.unflatten_dict(weights, sep="/")
     (folder / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
 
 
-def moved(array):
+def nudged(array):
     """An array whose every number is off by about an ulp."""
     noise = np.random.RandomState(array.size).standard_normal(array.shape)
     return (array * (1 + 2.0**-24 * noise)).astype(np.float32)
@@ -306,17 +306,25 @@ def training(folder, architecture, dtype, dropout=0.1, layers=2, **recipe):
 
 def pretraining(folder):
     """Losses of a short run through the whole of pretraining."""
+    return losses_of(net.pretrain(folder / "run", *pretraining_arguments(folder)))
+
+
+def pretraining_arguments(folder):
     model = model_of("gated-attention", folder, num_hidden_layers=1)
-    log = net.pretrain(folder / "run", model, token_rows(), PRETRAINING)
+    return model, token_rows(), PRETRAINING
+
+
+def losses_of(log):
+    """The losses in the log of a run, by kind."""
     kinds = ("loss", "heldout")
     return {kind: np.float32([v for _, k, v in log if k == kind]) for kind in kinds}
 
 
-def finetuning(folder, labels, **tuning):
+def finetuning(folder, architecture, labels, **tuning):
     """Scores after each epoch, and answers of the last and of the best model."""
     task = "sequence_classification"
     changes = {"num_labels": labels, "num_hidden_layers": 1}
-    model = model_of("gated-ssm", folder, task, **changes)
+    model = model_of(architecture, folder, task, **changes)
     texts = labelled_texts(labels=labels)
     tuning |= {"batch": 8, "epochs": 3}
     scores, last, best = net.finetune(model, texts, tuning, 3)
@@ -385,27 +393,39 @@ def all_cases():
     for task in ("token_classification", "question_answering", "multiple_choice"):
         add(f"answers, {task}", answers, task=task)
 
-    parts = {"accumulate": 2, "remat": True, "ssm_rate": 2.0, "ssm_decay": False}
+    parts = {"accumulate": 2, "ssm_rate": 2.0, "ssm_decay": False}
     plain = {"architecture": "gated-ssm", "dtype": "float32", "dropout": 0.0}
     add("training in parts", training, layers=1, **plain, **parts)
     add("pretraining", pretraining)
-    add("finetuning labels", finetuning, labels=2, learning_rate=3e-3, weight_decay=0.1)
-    add("finetuning scores", finetuning, labels=1, learning_rate=3e-3)
+    tuning = {"architecture": "gated-attention", "learning_rate": 3e-3}
+    add("finetuning labels", finetuning, labels=2, weight_decay=0.1, **tuning)
+    tuning["architecture"] = "gated-ssm"
+    add("finetuning scores", finetuning, labels=1, **tuning)
     return cases
 
 
 CASES = all_cases()
-SLOW = {
-    *(f"logits {kind} bfloat16" for kind in ("gated-attention", "stack-ssm")),
-    *(f"logits {kind} short" for kind in ("gated-attention", "stack-attention")),
-    *(f"gradient {kind} bfloat16" for kind in ARCHITECTURES if kind != "gated-ssm"),
-    *(f"training {kind} float32" for kind in ("gated-attention", "stack-ssm")),
-    *(f"training {kind} bfloat16" for kind in ARCHITECTURES),
-    "logits stack-ssm long",
-    "logits stack-ssm blocks",
-    "gradient gated-ssm long",
-    "logits gated-ssm bfloat16 long",
-    "finetuning scores",
+# What runs with --slow only: the default run has one case of a kind.
+DEFAULT = {
+    *(f"logits {kind} float32" for kind in ARCHITECTURES),
+    "logits gated-ssm bfloat16",
+    "logits gated-ssm short",
+    "logits gated-ssm long",
+    "logits gated-ssm blocks",
+    "logits gated-ssm fft",
+    "logits gated-ssm post-norm",
+    "logits stack-ssm pre-norm",
+    "logits padding as published",
+    "gradient gated-ssm float32",
+    "gradient stack-attention float32",
+    "training gated-ssm float32",
+    "training in parts",
+    "answers for texts, non_padding_mean",
+    "answers, token_classification",
+    "answers, question_answering",
+    "answers, multiple_choice",
+    "finetuning labels",
+    "pretraining",
 }
 
 
