@@ -164,7 +164,7 @@ def test_the_oracle_is_scipys_discretization_and_a_recurrence(L, scaling, make, 
     B = np.ones((16, 1))
     C = np.asarray(s.C, complex)
     D = float(s.D)
-    u = normal(3, L, 2)
+    u = normal(3, L, 2).astype(float)
     A_bar, B_bar, *_ = scipy.signal.cont2discrete(
         (A, B, C[None], 0), float(s.dt), "zoh"
     )

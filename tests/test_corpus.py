@@ -416,73 +416,67 @@ def write_shard(file, fields):
 
 
 def test_shards_come_back_as_they_are(tmp_path, tokenizer):
-    fields = shard_fields(130), shard_fields(70)
-    data = bigs.prepare(
-        [write_shard(tmp_path / f"{i}.hdf5", f) for i, f in enumerate(fields)],
-        tokenizer,
-        128,
-    )
-    # 1 in 64 held out
-    names = ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask")
-    cuts = (
-        127,
-        68,
-    )
+    """Of the 200 rows 195 are for training, 127 and 68; one in 64 is held out."""
+    fields = (shard_fields(130), shard_fields(70))
+    files = [
+        write_shard(tmp_path / f"{number}.hdf5", one)
+        for number, one in enumerate(fields)
+    ]
+
+    data = bigs.prepare(files, tokenizer, 128)
+
     batch = bigs.batch_at(data.train, 195, 3, 0)
-    for found, part, order in (
-        (batch, lambda cut: slice(cut), bigs.epoch_order(195, 3, 0)),
-        (data.heldout[0], lambda cut: slice(cut, None), bigs.epoch_order(5, 0, 0)),
-    ):
-        for name, values in zip(names, found, strict=True):
-            wanted = np.concatenate(
-                [f[name][part(cut)] for f, cut in zip(fields, cuts, strict=True)]
-            )[order]
-            assert np.array_equal(
-                values, wanted.sum(1) if name == "input_mask" else wanted
-            )
+    (heldout,) = data.heldout
+    train_order = bigs.epoch_order(195, 3, 0)
+    heldout_order = bigs.epoch_order(5, 0, 0)
+    names = ("input_ids", "masked_lm_positions", "masked_lm_ids", "input_mask")
+    for place, name in enumerate(names):
+        first, second = (one[name] for one in fields)
+        train = np.concatenate([first[:127], second[:68]])
+        held = np.concatenate([first[127:], second[68:]])
+        if name == "input_mask":
+            train = train.sum(1)
+            held = held.sum(1)
+        assert np.array_equal(batch[place], train[train_order])
+        assert np.array_equal(heldout[place], held[heldout_order])
     own = bigs.batch_at(data.train, 8, 3, 0, masks=2, own=slice(2, 4))
-    assert all(np.array_equal(a, b[2:4]) for a, b in zip(own, batch, strict=True))
-    assert len(data.heldout) == 1
+    for part, whole in zip(own, batch, strict=True):
+        assert np.array_equal(part, whole[2:4])
 
 
-def test_padding_of_a_shard_costs_nothing(tmp_path, tokenizer):
-    batch = bigs.batch_at(
-        bigs.prepare(
-            [write_shard(tmp_path / "a.h5", shard_fields())], tokenizer, 128
-        ).train,
-        4,
-        0,
-        0,
+@pytest.fixture
+def padded(tmp_path, tokenizer):
+    """Four rows of a shard, all of them padded."""
+    file = write_shard(tmp_path / "a.h5", shard_fields())
+    rows = bigs.prepare([file], tokenizer, 128).train
+    return bigs.batch_at(rows, 4, 0, 0)
+
+
+def test_padding_of_a_shard_costs_nothing(padded):
+    config = replace(
+        bigs.tiny,
+        vocab_size=300,
+        hidden_size=8,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_ssm=4,
     )
     random = np.random.default_rng(0)
-    ids = batch.input_ids
-    model = bigs.BiGS(
-        replace(
-            bigs.tiny,
-            vocab_size=300,
-            hidden_size=8,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_ssm=4,
-        )
-    )  # a fresh one hardly hears the neighbours of a token
+    # In a fresh model the neighbours of a token hardly count.
     model = jax.tree.map(
-        lambda p: p + random.normal(0, 1, p.shape).astype(np.float32), model
+        lambda p: p + random.normal(0, 1, p.shape).astype(np.float32), bigs.BiGS(config)
     )
-    noisy = batch._replace(
-        input_ids=np.where(np.arange(128) < batch.lengths[:, None], ids, 7)
-    )
+    inside = np.arange(128) < padded.lengths[:, None]
+    ids = np.where(inside, padded.input_ids, 7)
+    noisy = padded._replace(input_ids=ids)
     loss = jax.jit(bigs.batch_loss)
-    for same in (noisy, batch._replace(input_ids=ids[:, :100])):
-        np.testing.assert_allclose(loss(model, same), loss(model, batch), rtol=1e-5)
-    assert (
-        abs(
-            loss(model, noisy._replace(lengths=batch.lengths * 0 + 128))
-            / loss(model, batch)
-            - 1
-        )
-        > 1e-4
-    )
+    wanted = loss(model, padded)
+
+    np.testing.assert_allclose(loss(model, noisy), wanted, rtol=1e-5)
+    short = padded._replace(input_ids=padded.input_ids[:, :100])
+    np.testing.assert_allclose(loss(model, short), wanted, rtol=1e-5)
+    unmasked = noisy._replace(lengths=np.full_like(padded.lengths, 128))
+    assert abs(loss(model, unmasked) / wanted - 1) > 1e-4
 
 
 BAD_SHARDS = [
