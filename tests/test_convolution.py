@@ -36,10 +36,14 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def largest(x):
+    return np.abs(np.asarray(x)).max()
+
+
 def assert_near(found, wanted, share):
     """No number is further off than a share of the largest."""
-    error = np.abs(np.asarray(found) - np.asarray(wanted))
-    assert error.max() <= share * np.abs(wanted).max()
+    error = np.asarray(found) - np.asarray(wanted)
+    assert largest(error) <= share * largest(wanted)
 
 
 # Systems: dictionaries of an SSM's parameters
@@ -66,8 +70,10 @@ def trained(N, scaling, seed):
     least = np.log(1.01e-4)
     most = np.log(5)
     p["A_re"] = -np.exp(rng.uniform(least, most, N))
-    p["A_im"] = p["A_im"] * (1 + 0.2 * rng.normal(size=N))
-    p["C"] = p["C"] * np.exp(rng.normal(size=(N, 1)))
+    shift = 1 + 0.2 * rng.normal(size=N)
+    p["A_im"] = p["A_im"] * shift
+    size = np.exp(rng.normal(size=(N, 1)))
+    p["C"] = p["C"] * size
     p["D"] = rng.normal(size=1)
     p["log_step"] = rng.uniform(np.log(1e-3), 0, 1)
     return {name: value.astype(np.float32) for name, value in p.items()}
@@ -100,8 +106,9 @@ def exact_kernel(s, L, z):
     """The kernel in complex128, given z = dt A."""
     A = np.asarray(s.A, complex)
     C = np.asarray(s.C, complex)
+    B_bar = np.expm1(z) / A
     fades = np.exp(z[:, None] * np.arange(L))
-    return ((C * np.expm1(z) / A) @ fades).real
+    return ((C * B_bar) @ fades).real
 
 
 def full_kernel(s, L):
@@ -129,7 +136,8 @@ def exact(u, w, s, past, z=None):
     K = ((C * write) @ fades).real[:, None]
 
     def slide(x):
-        return scipy.signal.fftconvolve(x, K, axes=0)[:L] + D * x
+        full = scipy.signal.fftconvolve(x, K, axes=0)
+        return full[:L] + D * x
 
     # The gradient by K_l, for every lag l.
     both_ways = scipy.signal.fftconvolve(w, u[::-1], axes=0)
@@ -183,7 +191,8 @@ def test_the_oracles_gradients_are_difference_quotients(past):
     h = 1e-6
     rng = np.random.default_rng(4)
     u, w = rng.normal(size=(2, 20, 2))
-    p = {name: x.astype(float) for name, x in trained(N, "lin", 4).items()}
+    p = trained(N, "lin", 4)
+    p = jax.tree.map(np.float64, p)
     p["A_re"] = -rng.random(N)
 
     def run(u, p):
@@ -207,9 +216,10 @@ def test_the_oracles_gradients_are_difference_quotients(past):
 
     found = run(u, p)
     for name in NAMES:
-        tolerance = 1e-7 * (1 + np.abs(found[name]).max())
+        tolerance = 1e-7 * (1 + largest(found[name]))
         for place in np.ndindex(p[name].shape):
-            assert abs(found[name][place] - slope(name, place)) < tolerance, name
+            difference = found[name][place] - slope(name, place)
+            assert abs(difference) < tolerance, name
     toward = rng.normal(size=u.shape)
     rise = loss(u + toward, p) - loss(u, p)  # the loss is linear in u
     assert rise == pytest.approx((toward * found["u"]).sum())
@@ -244,8 +254,11 @@ def one_by_one(past):
             read = C * cut_both(x)
             return x, read.sum(0).real + D * u
 
-        empty = jnp.zeros((len(s.A), u.shape[1]), jnp.complex64)
-        _, y = jax.lax.scan(step, empty, u.astype(jnp.float32), reverse=not past)
+        N = len(s.A)
+        channels = u.shape[1]
+        empty = jnp.zeros((N, channels), jnp.complex64)
+        wide = u.astype(jnp.float32)
+        _, y = jax.lax.scan(step, empty, wide, reverse=not past)
         return y.astype(u.dtype)
 
     return run
@@ -297,7 +310,7 @@ def differentiated(way):
     def run(u, w, p):
         (by_u, by_p), y = compiled(u, p, w)
         found = by_p | {"y": y, "u": by_u}
-        return {name: np.asarray(x, float) for name, x in found.items()}
+        return jax.tree.map(lambda x: np.asarray(x, float), found)
 
     return run
 
@@ -308,7 +321,7 @@ def differentiated(way):
 def furthest(a, b):
     found = {}
     for name in b:
-        found[name] = np.abs(a[name] - b[name]).max()
+        found[name] = largest(a[name] - b[name])
     return found
 
 
@@ -328,7 +341,7 @@ def earned(p, u, w, past, true):
             "u": lag_by_lag(w, K, not past),
         }
         errors.append(furthest(true | by_lag, true))
-    return {name: max(error[name] for error in errors) for name in true}
+    return jax.tree.map(lambda *error: max(error), *errors)
 
 
 def check(p, L, block, past, dtype, only=None, seed=0, channels=2):
@@ -339,7 +352,7 @@ def check(p, L, block, past, dtype, only=None, seed=0, channels=2):
     w = w.astype(jnp.float32)
     s = system(p)
     true = exact(u, w, s, past, rounded(s))
-    scale = {name: np.abs(x).max() for name, x in true.items()}
+    scale = jax.tree.map(largest, true)
     # The gradient by D is a sum that this product bounds.
     size = np.linalg.norm(u.astype(jnp.float32))
     scale["D"] = size * np.linalg.norm(w)
@@ -388,7 +401,8 @@ def sample(lengths, seed, rounds=1):
         L, block, N, scaling, make, past, dtype = hand
         side = "past" if past else "future"
         words = (L, "by", block, N, make.__name__, scaling, side, dtype)
-        yield pytest.param(*hand, id="-".join(map(str, words)))
+        name = "-".join(map(str, words))
+        yield pytest.param(*hand, id=name)
 
 
 HAND = ("L", "block", "N", "scaling", "make", "past", "dtype")
@@ -397,13 +411,15 @@ HAND = ("L", "block", "N", "scaling", "make", "past", "dtype")
 # With this seed the long ones are large.
 @pytest.mark.parametrize(HAND, sample(LENGTHS, seed=2158))
 def test_value_and_gradients(L, block, N, scaling, make, past, dtype):
-    check(make(N, scaling, L), L, block, past, dtype)
+    p = make(N, scaling, L)
+    check(p, L, block, past, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(HAND, sample(LENGTHS + FURTHER_LENGTHS, seed=1, rounds=2))
 def test_value_and_gradients_further(L, block, N, scaling, make, past, dtype):
-    check(make(N, scaling, L + 1), L, block, past, dtype, seed=1)
+    p = make(N, scaling, L + 1)
+    check(p, L, block, past, dtype, seed=1)
 
 
 def test_poles_that_neither_fade_nor_turn():
@@ -439,18 +455,19 @@ def test_states_are_carried_from_block_to_block(blocks, past):
     N = 3
     written = normal(blocks, 2, blocks, 2 * N, 4)
     real, imaginary = np.split(written, 2, axis=-2)
+    w = real + 1j * imaginary
     rate = np.array([-0.2 + 3j, -1 - 2j, -0.01])
     fade = np.exp(rate)[:, None]
     state = np.zeros((2, N, 4), complex)
     states = np.zeros((2, blocks, N, 4), complex)
     for block in range(blocks) if past else reversed(range(blocks)):
         states[:, block] = state
-        state = fade * state + real[:, block] + 1j * imaginary[:, block]
+        state = fade * state + w[:, block]
 
     found = bigs.carry_states(written, rate.astype(np.complex64), past)
 
     wanted = np.concatenate([states.real, states.imag], -2)
-    tolerance = 2e-5 * np.abs(written).max()
+    tolerance = 2e-5 * largest(written)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
@@ -482,7 +499,7 @@ def test_unwinding_saves_the_phase():
     impulse = jnp.eye(L, 1)
 
     def error(found):
-        return np.abs(np.asarray(found, float) - K).max()
+        return largest(np.asarray(found, float) - K)
 
     def answer(way):
         return jax.jit(way)(impulse, s)[:, 0]
@@ -627,8 +644,10 @@ def test_length_decides(L, way, past):
 
     found = bigs.convolve(u, s, past)
 
-    np.testing.assert_array_equal(found, bigs.convolve(u, s, past, way))
-    np.testing.assert_array_equal(found, ways(L, 256, past)[way](u, s))
+    by_name = bigs.convolve(u, s, past, way)
+    itself = ways(L, 256, past)[way]
+    np.testing.assert_array_equal(found, by_name)
+    np.testing.assert_array_equal(found, itself(u, s))
 
 
 def test_unknown_algorithm():
