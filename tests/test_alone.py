@@ -21,9 +21,11 @@ OFFLINE = {
     name: "http://127.0.0.1:9"
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 }
-# Reading in a minute or two what takes the document several: fewer steps of training.
+# Reading in a minute or two what takes the document several: fewer steps of training,
+# and fewer pairs to learn from.
 SHORTER = {
     "steps=2000,": "steps=40,",
+    "make_pairs(documents, seed, 6000)": "make_pairs(documents, seed, 200)",
     "evaluate_every=500,\n        **GROUPS": "evaluate_every=20,\n        **GROUPS",
 }
 
@@ -79,7 +81,7 @@ def assert_all_was_said(output: str) -> None:
 
 @pytest.mark.slow
 def test_the_script_alone_runs_to_its_end(tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / SCRIPT.name).write_text(shortened(SCRIPT.read_text()))
     done = run(sys.executable, SCRIPT.name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_all_was_said(done.stdout)
@@ -256,17 +258,4 @@ def test_results_go_where_they_can(checkout, tmp_path):
     runs = tmp_path / "elsewhere" / "runs"
     assert done.stdout.splitlines()[-1] == f"[] {runs}"
     assert (runs / "figures" / "fades.png").stat().st_size > 10_000
-    assert not (checkout / "runs").exists()
-
-
-@pytest.mark.slow
-def test_a_checkout_that_cannot_be_written_is_read_to_its_end(checkout, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    command = [*read_only(checkout), sys.executable, checkout / SCRIPT.name]
-    done = run(*command, cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_all_was_said(done.stdout)
-    assert (
-        f"what this run makes goes to {tmp_path / 'elsewhere' / 'runs'}" in done.stdout
-    )
     assert not (checkout / "runs").exists()
