@@ -30,7 +30,7 @@
 #
 # | where | what it does | time |
 # |---|---|---|
-# | any laptop, `python annotated_bigs.py` | everything below with a `tiny` model, offline | five to eight minutes on two cores; the last cell prints how many |
+# | any laptop, `python annotated_bigs.py` | everything below with a `tiny` model, offline | five to fifteen minutes on two cores; the last cell prints how many |
 # | Colab, TPU v5e | the same, and [a `base` model on Wikipedia](#on-a-tpu-or-gpu) | planned for a quarter of an hour more; not run yet |
 # | a TPU v3-8 | the documented recipe on a corpus of yours, `python annotated_bigs.py pretrain --size large --corpus my_texts/ --vocabulary bert-large-uncased --output runs/large` | the authors' code takes about three days, by [their account](https://github.com/jxiw/BiGS/blob/main/pretrain.md); ours was not run |
 #

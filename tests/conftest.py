@@ -8,6 +8,9 @@ import small
 
 import annotated_bigs as bigs
 
+# Programs that tests start; to import them, as doctests do, would be to run them.
+collect_ignore = ["process.py", "devices.py"]
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
