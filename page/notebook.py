@@ -55,6 +55,14 @@ def is_kept(output) -> bool:
     return output.get("name") != "stderr" and not is_widget
 
 
+def leave_out_paths(notebook, folder: pathlib.Path) -> None:
+    """Name files as seen from the folder, wherever this machine has it."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = output.text.replace(f"{folder}/", "")
+
+
 def strip(notebook) -> None:
     """Leave of the metadata only the cells' tags, and what images say of themselves
     (alt).
@@ -135,6 +143,7 @@ def build(
         execute(notebook, source, timeout)
     anchor_headings(notebook)
     strip(notebook)
+    leave_out_paths(notebook, source.resolve().parent)
     nbformat.validate(notebook)
     unfinished = target.with_suffix(".unfinished")
     nbformat.write(notebook, unfinished)

@@ -455,3 +455,44 @@ def test_what_would_show_elsewhere_is_noticed(text):
     assert not elsewhere(
         "# Here\n\n[a](#here), $x^2$, [b](README.md), `$$`, `[@a`\n\n$$x \\tag{1}$$"
     )
+
+
+PUBLISHED = """# %%
+from pathlib import Path
+
+for kind in ("figures", "data"):
+    (Path("runs") / kind).mkdir(parents=True, exist_ok=True)
+Path("runs/figures/dot.png").write_text("drawn")
+Path("runs/data/found.json").write_text("{}")
+print("made in", Path("runs").resolve())
+"""
+
+
+def test_a_build_publishes_what_its_run_made(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(PUBLISHED)
+    leftover = tmp_path / "runs" / "figures" / "old.png"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+
+    load("notebook").build(script, tmp_path / "one.ipynb", timeout=60)
+
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["dot.png"]
+    assert (tmp_path / "figures" / "dot.png").read_text() == "drawn"
+    assert (tmp_path / "data" / "found.json").read_text() == "{}"
+    notebook = nbformat.read(tmp_path / "one.ipynb", as_version=4)
+    assert notebook.cells[0].outputs[0].text == "made in runs\n"
+
+
+def test_a_build_of_prose_alone_publishes_nothing(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(PUBLISHED)
+    load("notebook").build(script, tmp_path / "one.ipynb", timeout=60)
+    own_run = tmp_path / "runs" / "figures" / "dot.png"
+    own_run.write_text("drawn by a reader")
+
+    script.write_text("# %% [markdown]\n# More prose.\n\n" + PUBLISHED)
+    load("notebook").build(script, tmp_path / "one.ipynb", timeout=60, text=True)
+
+    assert (tmp_path / "figures" / "dot.png").read_text() == "drawn"
+    assert own_run.exists()
