@@ -5917,7 +5917,7 @@ def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
     ...     "best": {"dev": {"matthews": [0.5, 0.7]}},
     ...     "last": {"dev": {"matthews": [0.4, 0.6]}},
     ... }
-    >>> print_glue(
+    >>> print_glue(  # doctest: +NORMALIZE_WHITESPACE
     ...     {
     ...         "cola": {
     ...             "dev": "dev",
@@ -5928,8 +5928,8 @@ def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
     ...         }
     ...     }
     ... )
-    task  metric   of dev  chance majority   authors  variant          best          last
-    cola  matthews      9     0.0      0.0      67.9  ours     60.0 +- 14.1  50.0 +- 14.1
+    task  metric   of dev  chance majority authors  variant         best         last
+    cola  matthews      9     0.0      0.0    67.9  ours    60.0 +- 14.1 50.0 +- 14.1
     """
     print(
         "task  metric   of dev  chance majority   authors  variant          best"
@@ -7675,7 +7675,7 @@ ANSWERS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic":
 def write_answers(
     name: str, splits: dict[str, Texts], model: BiGS, tokenizer, folder: Path
 ) -> None:
-    """One file for each test set: the number of a row, a tab, and its label or score."""
+    """One file for each test set: the number of a row, a tab, its label or score."""
     task = GLUE[name]
     for split, (texts, labels) in splits.items():
         if labels is None:
@@ -8926,7 +8926,8 @@ def choose(table: dict[str, Any], field: str, name: str) -> Any:
     return table[name]
 
 
-# topology, chips of a host, and memory of a device in GB: one core of a v3, one chip of the others
+# topology, chips of a host, and memory of a device in GB: one core of a v3, one chip
+# of the others
 TPU_CHIPS = {
     "v3": ("v3:2x2x1", (2, 2, 1), 16.0),
     "v4": ("v4:2x2x1", (2, 2, 1), 32.0),

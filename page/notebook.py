@@ -9,6 +9,7 @@ would add.
 """
 
 import argparse
+import ast
 import hashlib
 import os
 import pathlib
@@ -83,13 +84,24 @@ def strip(notebook) -> None:
     }
 
 
+def without_words(source: str) -> str:
+    """What a cell does: its code without comments and docstrings, whatever its form."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
+
+
 def reuse(notebook, target: pathlib.Path) -> None:
-    """Take the outputs of the last build; only prose may have changed since."""
+    """Take the outputs of the last build; only prose and docstrings may have changed
+    since.
+    """
     old = [
         c for c in nbformat.read(target, as_version=4).cells if c.cell_type == "code"
     ]
     new = [c for c in notebook.cells if c.cell_type == "code"]
-    if [c.source for c in old] != [c.source for c in new]:
+    if [without_words(c.source) for c in old] != [without_words(c.source) for c in new]:
         raise SystemExit(
             f"{target.name}: code has changed since the last build; build without"
             " --text"
