@@ -4,7 +4,6 @@ figures of any model.
 
 import json
 import re
-import urllib.request
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -424,77 +423,3 @@ def test_figures_need_two_models_with_kernels_of_one_shape(
 
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "drawn").exists()
-
-
-# The paper's own figures
-
-
-# Figure 3, read off by eye: where each row, 0 at the bottom, is strongest, and some of
-# its other values.
-STRONGEST = {
-    0: (1,),
-    1: (-1,),
-    2: (-1,),
-    4: (-2, -1),
-    5: (-1,),
-    6: (-2,),
-    7: (0,),
-    8: (0,),
-    12: (-1,),
-    13: (0,),
-    15: (1,),
-    16: (-2, -1),
-    19: (0,),
-    20: (-1,),
-    21: (-1,),
-    22: (0,),
-}
-VALUES = {
-    4: {-3: 0.29, 0: 0.47},
-    6: {-3: 0.43, -1: 0.39},
-    12: {1: 0.5, 2: 0.5},
-    15: {-1: 0.82, 0: 0.62},
-    22: {-2: 0.88},
-}
-# Figure 4: (pretrained, after MNLI) at some lags, each curve scaled to a peak of one.
-CURVES = {
-    (14, 1): {16: (0.83, 0.92), 32: (0.59, 0.75), 64: (0.38, 0.54), 96: (0.3, 0.41)},
-    (17, 0): {16: (0.77, 0.95), 32: (0.54, 0.81), 64: (0.36, 0.65), 96: (0.28, 0.55)},
-    (18, 0): {8: (0.24, 0.42), 16: (0.11, 0.19), 32: (0.02, 0.08)},
-}
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The published kernels, before and after MNLI."""
-    names = ("JunxiongWang/BiGS_128", "JunxiongWang/BiGS_128_MNLI")
-    address = f"https://huggingface.co/{names[0]}/resolve/main/config.json"
-    try:
-        urllib.request.urlopen(address, timeout=10).close()
-    except OSError as error:
-        pytest.skip(
-            f"the hub cannot be reached, so the kernels of {names[0]} were NOT compared"
-            f" ({error})"
-        )
-    return [bigs.kernels_of(bigs.pretrained_model(name)) for name in names]
-
-
-@pytest.mark.slow
-def test_the_published_kernels_are_those_of_figure_3(published):
-    before, _ = published
-    for layer, places in STRONGEST.items():
-        row = bigs.around(before[layer])
-        assert row.argmax() - 10 in places, f"layer {layer}"
-    for layer, values in VALUES.items():
-        row = bigs.around(before[layer])
-        for place, value in values.items():
-            assert abs(row[10 + place] - value) < 0.1, f"layer {layer}, {place}"
-
-
-@pytest.mark.slow
-def test_the_published_kernels_are_those_of_figure_4(published):
-    for (layer, side), values in CURVES.items():
-        curves = [np.abs(kernels[layer, side]) for kernels in published]
-        for lag, wanted in values.items():
-            found = [curve[lag] / curve.max() for curve in curves]
-            assert found == pytest.approx(wanted, abs=0.08), f"layer {layer}, {lag}"

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -587,58 +586,6 @@ def test_a_config_need_not_name_its_task(tmp_path):
     assert np.abs(model(*inputs) - logits).max() < 1e-5 * logits.std()
     with pytest.raises(bigs.UserError, match="task: 'poetry' is unknown"):
         bigs.from_pretrained(name, "poetry")
-
-
-# The published weights themselves
-
-
-DEMO = {
-    "The goal of life is [MASK].": [
-        ("happiness", 0.16052087),
-        ("love", 0.04306792),
-        ("peace", 0.03651363),
-        ("perfection", 0.03468223),
-        ("life", 0.02927081),
-        ("enlightenment", 0.02549769),
-        ("god", 0.02385132),
-        ("survival", 0.02261189),
-        ("freedom", 0.01672831),
-        ("good", 0.01619471),
-    ],
-    "Paris is the [MASK] of France.": [
-        ("capital", 0.9981787),
-        ("centre", 0.00034076),
-        ("center", 0.00026992),
-        ("city", 0.00026926),
-        ("capitol", 0.00017787),
-        ("prefecture", 0.00004816),
-        ("headquarters", 0.00004256),
-        ("president", 0.00003716),
-        ("metropolis", 0.00003634),
-        ("heart", 0.00002893),
-    ],
-}
-
-
-@pytest.mark.slow
-def test_the_published_weights_say_the_published_words():
-    """Twenty words and probabilities that the authors printed; float32, highest
-    precision, padded to 128.
-    """
-    name = "JunxiongWang/BiGS_128"
-    try:
-        urllib.request.urlopen(
-            f"https://huggingface.co/{name}/resolve/main/config.json", timeout=10
-        ).close()
-    except OSError as error:
-        pytest.skip(f"the hub cannot be reached, so {name} was NOT checked ({error})")
-    model = bigs.from_pretrained(name)
-    tokenizer = bigs.load_tokenizer(name)
-    for text, expected in DEMO.items():
-        found = bigs.fill_mask(model, tokenizer, text, 10)[0]
-        assert [word for word, _ in found] == [word for word, _ in expected]
-        for (_, ours), (_, theirs) in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=0.02 if theirs > 1e-3 else 0.2)
 
 
 # Other lengths
