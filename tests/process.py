@@ -51,11 +51,16 @@ def make_step(recipe):
     return once
 
 
+def product_rate(dtype):
+    """Nothing is measured: speed is not what these runs are about."""
+    return 1e9
+
+
 def main():
     recipe = replace(small.RECIPE, **plan["recipe"])
     bigs.join_processes(plan.get("distributed", ""))
     bigs.make_step = make_step
-    bigs.product_rate = lambda dtype: 1e9
+    bigs.product_rate = product_rate
     with bigs.leaving_on_request() as asked:
 
         def stop():
