@@ -97,9 +97,11 @@ def test_the_script_alone_runs_to_its_end(tmp_path):
     }
 
 
+# Where the module is there, jax takes its part for output, too.
 COLAB = """
 import sys, types
 sys.modules["google.colab"] = types.ModuleType("google.colab")
+sys.modules["google.colab"].output = None
 """
 
 
