@@ -9480,7 +9480,8 @@ def command_pretrain(
         choose(SIZES, "size", size),
         changes.of(choose(RECIPES, "recipe", recipe), groups, seed),
     )
-    choose({"float32": 0, "bfloat16": 0, None: 0}, "precision", precision)
+    if precision is not None:
+        choose({"float32": 0, "bfloat16": 0}, "precision", precision)
     join_processes(distributed)
     print(
         f"{len(jax.devices())} x {jax.devices()[0].device_kind}"

