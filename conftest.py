@@ -1,12 +1,15 @@
 """Settings shared by all tests and doctests."""
 
 import atexit
+import functools
 import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -29,23 +32,25 @@ def are_known(*flags: str) -> bool:
     return done.returncode == 0
 
 
-def set_up_compilation() -> None:
+def set_up() -> None:
     """For this process and for all that it starts: workers, commands, runs. What one of
-    them has compiled, the others read.
+    them has compiled or gathered, the others read.
     """
+    if "TESTS_SHARE" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="tests-share-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TESTS_SHARE"] = folder
     if "XLA_FLAGS" not in os.environ:
         known = FAST_COMPILATION if are_known(*FAST_COMPILATION) else ()
         os.environ["XLA_FLAGS"] = " ".join(known)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="compiled-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TESTS_SHARE"]
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-set_up_compilation()
+set_up()
 
 import jax  # noqa: E402, not before these settings
 
@@ -66,6 +71,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="run the tests marked timing instead of the others, one after another",
     )
+
+
+def pytest_configure(config):
+    """Only the tests that are marked so ask the hub; no other waits for an answer."""
+    if "hub" not in config.option.markexpr:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -112,6 +123,29 @@ def pytest_terminal_summary(terminalreporter):
             for name, text in getattr(report, "user_properties", ()):
                 if name == "timing" and report.when == "call":
                     terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gathered_once():
+    """The English of the installed packages takes a quarter of a minute to gather: one
+    process does, and the others read what it found.
+    """
+    from filelock import FileLock
+
+    import annotated_bigs
+
+    gather = annotated_bigs.embedded_english
+
+    @functools.cache
+    @functools.wraps(gather)
+    def english():
+        found = Path(os.environ["TESTS_SHARE"]) / "english.pickle"
+        with FileLock(f"{found}.lock"):
+            if not found.exists():
+                found.write_bytes(pickle.dumps(gather()))
+        return pickle.loads(found.read_bytes())
+
+    annotated_bigs.embedded_english = english
 
 
 @pytest.fixture(autouse=True)

@@ -238,6 +238,7 @@ def test_with_all_kernels_the_model_is_the_same(pair):
     np.testing.assert_array_equal(same(ids), some(ids))
 
 
+@pytest.mark.slow
 def test_losses_without_kernels(tmp_path, model):
     text = tmp_path / "text.txt"
     lines = (

@@ -155,6 +155,7 @@ def test_the_box_answers_at_once(project):
     assert "strongest position" in printed(project, "inspect")
 
 
+@pytest.mark.slow
 def test_figures_are_redrawn(project):
     printed(project, "figures")
     drawn = {path.name for path in (project / "figures").glob("*.png")}

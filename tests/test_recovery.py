@@ -205,6 +205,7 @@ def test_a_request_to_leave_is_followed(project):
     assert records(whole, "heldout") == records(left, "heldout")
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_writer_until_it_is_killed(begin, whole, tmp_path):
     first = begin(tmp_path, LONG, hold=8)
     wait_for((tmp_path / "held").exists, first)
@@ -306,6 +307,7 @@ def test_a_damaged_checkpoint_is_named(whole, half):
 
 
 # At step 15 the run waits for its last checkpoint, at step 20 it does not.
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [15, 20])
 def test_a_full_disk_keeps_the_last_checkpoint(begin, tmp_path, steps):
     recipe = LONG | {"steps": steps}
@@ -414,6 +416,7 @@ def assert_same_curve(a, b):
         assert np.median(difference) < 1e-6
 
 
+@pytest.mark.slow
 def test_eight_devices_that_split_the_model_train_the_same_curve(
     begin, alone, tmp_path
 ):

@@ -103,6 +103,7 @@ def test_the_share_of_chosen_and_of_kept_words(data):
     assert (shown == data.train.mask_id).all()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_made_again(tmp_path, data, monkeypatch):
     made = []
 
@@ -124,6 +125,7 @@ def test_a_finished_run_is_not_made_again(tmp_path, data, monkeypatch):
     assert base.seed != screening.SEED_OF_RATES
 
 
+@pytest.mark.slow
 def test_a_run_learns(data):
     run = screening.Run("small", screening.Way(batches=(4,)), 0, tokens=16 * 128 * 4)
     found = screening.train(run, data)

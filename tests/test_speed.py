@@ -33,6 +33,7 @@ def rows():
     return bigs.benchmark(replace(SMALL, num_hidden_layers=1), [300], 600, 2)
 
 
+@pytest.mark.slow
 def test_every_kind_and_route_is_timed(rows):
     for what in bigs.KINDS:
         routes = bigs.ROUTES[1:4] if what.startswith("convolution") else bigs.ROUTES

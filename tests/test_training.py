@@ -218,6 +218,7 @@ def test_a_batch_is_learned_by_heart():
     assert losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_accumulating_equals_the_large_batch():
     at_once, *in_parts = (
         steps_of(PLAIN, replace(small.RECIPE, batch=8, accumulate=parts), 4)
@@ -386,6 +387,7 @@ def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
     assert bigs.from_pretrained(tmp_path).config.max_position_embeddings == 64
 
 
+@pytest.mark.slow
 def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     recipe = replace(small.RECIPE, steps=4, evaluate_every=4)
     # Large weights, so that the kernels make a difference.
@@ -410,6 +412,7 @@ def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     assert again == first
 
 
+@pytest.mark.slow
 def test_the_published_way_takes_the_same_steps():
     config = replace(small.CONFIG, num_hidden_layers=1)
     recipe = replace(small.RECIPE, batch=2)
@@ -439,6 +442,7 @@ def test_every_change_of_the_published_way_gives_the_same_loss():
         assert step["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
     runs = (tmp_path / "seed0", tmp_path / "seed1")
     for seed, output in enumerate(runs):

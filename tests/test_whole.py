@@ -558,6 +558,7 @@ def test_a_run_killed_at_each_of_its_writes(pretrain, undisturbed, tmp_path):
     assert kills >= 40
 
 
+@pytest.mark.slow
 def test_a_resumed_run_killed_at_each_of_its_writes(pretrain, undisturbed, tmp_path):
     half = tmp_path / "half"
     steps = iter([False, True])
