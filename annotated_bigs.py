@@ -1228,16 +1228,19 @@ def convolve_fft(
 
     It adds nothing but rounding:
 
-    >>> u, K = np.cos(np.arange(40.0)).reshape(20, 2), 0.9 ** np.arange(20)
+    >>> u = np.cos(np.arange(40.0)).reshape(20, 2)
+    >>> K = 0.9 ** np.arange(20)
     >>> bool(jnp.allclose(convolve_fft(u, K), convolve_direct(u, K), atol=1e-5))
     True
     """
     u = jnp.asarray(u)
     L = u.shape[-2]
     kernel = jnp.fft.rfft(K, 2 * L)[:, None]
+    if not past:
+        kernel = kernel.conj()
     inputs = jnp.fft.rfft(u.astype(jnp.float32), 2 * L, axis=-2)
-    outputs = (kernel if past else kernel.conj()) * inputs
-    return jnp.fft.irfft(outputs, 2 * L, axis=-2)[..., :L, :].astype(u.dtype)
+    outputs = jnp.fft.irfft(kernel * inputs, 2 * L, axis=-2)
+    return outputs[..., :L, :].astype(u.dtype)
 
 
 # %% [markdown]
@@ -1262,9 +1265,11 @@ def toeplitz(K: Float[AnyArray, " L"], past: bool = True) -> Float[Array, "L L"]
     >>> bool((toeplitz(np.arange(5.0), past=False) == toeplitz(np.arange(5.0)).T).all())
     True
     """
-    row, L = jnp.concatenate([K, jnp.zeros_like(K)]), len(K)
-    T = jnp.tile(row, L)[: L * (2 * L - 1)].reshape(L, 2 * L - 1)[:, :L]
-    return T.T if past else T
+    L = len(K)
+    row = jnp.concatenate([K, jnp.zeros_like(K)])
+    shifted = jnp.tile(row, L)[: L * (2 * L - 1)].reshape(L, 2 * L - 1)
+    future = shifted[:, :L]
+    return future.T if past else future
 
 
 def convolve_toeplitz(
@@ -1272,12 +1277,14 @@ def convolve_toeplitz(
 ) -> Float[Array, "*batch L d"]:
     """Equation (7) as one matrix product, T u. For the future T is transposed.
 
-    >>> u, K = np.cos(np.arange(40.0)).reshape(20, 2), 0.9 ** np.arange(20)
+    >>> u = np.cos(np.arange(40.0)).reshape(20, 2)
+    >>> K = 0.9 ** np.arange(20)
     >>> bool(jnp.allclose(convolve_toeplitz(u, K), convolve_direct(u, K), atol=1e-5))
     True
     """
     u = jnp.asarray(u)
-    return jnp.einsum("ij,...jd->...id", toeplitz(K, past).astype(u.dtype), u)
+    T = toeplitz(K, past).astype(u.dtype)
+    return jnp.einsum("ij,...jd->...id", T, u)
 
 
 # %% [markdown]
@@ -1352,36 +1359,31 @@ def block_products(
     What was written and then read by the next block is a block of the full matrix, of
     rank 2N at most:
 
-    >>> ssm = DiagonalSSM(
-    ...     np.array([-0.1 + 1j, -0.3 + 2j]), np.array([1j, 2.0]), np.array(0.1)
-    ... )
-    >>> (_, write, read), full = (
-    ...     block_products(ssm, 32, True),
-    ...     toeplitz(ssm_kernel(ssm, 64)),
-    ... )
-    >>> (
-    ...     bool(jnp.allclose(read @ write, full[32:, :32], atol=1e-5)),
-    ...     int(jnp.linalg.matrix_rank(read @ write)),
-    ... )
-    (True, 4)
+    >>> poles = np.array([-0.1 + 1j, -0.3 + 2j])
+    >>> ssm = DiagonalSSM(poles, np.array([1j, 2.0]), np.array(0.1))
+    >>> _, write, read = block_products(ssm, 32, True)
+    >>> full = toeplitz(ssm_kernel(ssm, 64))
+    >>> bool(jnp.allclose(read @ write, full[32:, :32], atol=1e-5))
+    True
+    >>> int(jnp.linalg.matrix_rank(read @ write))
+    4
     """
-    rate, (_, B_bar) = unwind(ssm.dt * ssm.A)[:, None], discretize_diagonal(ssm)
+    _, B_bar = discretize_diagonal(ssm)
+    rate = unwind(ssm.dt * ssm.A)[:, None]
     place = jnp.arange(Q) if past else jnp.arange(Q)[::-1]
-    written, read = (
-        B_bar[:, None] * jnp.exp(rate * (Q - 1 - place)),
-        ssm.C[:, None] * jnp.exp(rate * (place + 1)),
-    )
+    T = toeplitz(ssm_kernel(ssm, Q).at[0].add(ssm.D), past)
+    write = B_bar[:, None] * jnp.exp(rate * (Q - 1 - place))
+    read = ssm.C[:, None] * jnp.exp(rate * (place + 1))
     return (
-        toeplitz(ssm_kernel(ssm, Q).at[0].add(ssm.D), past),
-        jnp.concatenate([written.real, written.imag]),
+        T,
+        jnp.concatenate([write.real, write.imag]),
         jnp.concatenate([read.real, -read.imag]).T,
     )
 
 
 # %% [markdown]
-# From block to block the state fades and turns, and what each block wrote is added. Seen from a distance this is (7)
-# once more, one pole at a time, with blocks for tokens; so for few blocks it is again a product with a triangular
-# matrix, small enough to ignore. For very many a loop is cheaper.
+# From block to block the state fades and turns, and what each block wrote is added: a recurrence like (2), but with
+# one step for $Q$ tokens.
 
 
 # %%
@@ -1393,42 +1395,28 @@ def carry_states(
     """The states h_c on entering each block: h_{c+1} = exp(rate) h_c + written_c, from
     h_0 = 0.
 
-    >>> halve, ones = np.log(np.array([0.5 + 0j])), jnp.ones((4, 2, 1))
-    >>> (
-    ...     carry_states(ones, halve, True)[:, 0, 0].tolist(),
-    ...     carry_states(ones, halve, False)[:, 0, 0].tolist(),
-    ... )
-    ([0.0, 1.0, 1.5, 1.75], [1.75, 1.5, 1.0, 0.0])
+    >>> halve = np.log(np.array([0.5 + 0j]))
+    >>> written = jnp.ones((4, 2, 1))
+    >>> carry_states(written, halve, past=True)[:, 0, 0].tolist()
+    [0.0, 1.0, 1.5, 1.75]
+    >>> carry_states(written, halve, past=False)[:, 0, 0].tolist()
+    [1.75, 1.5, 1.0, 0.0]
     """
-    *batch, blocks, _, d = written.shape
-    w = jnp.asarray(written).reshape(*batch, blocks, 2, len(rate), d)
-    if blocks <= 64:
-        gap = (jnp.arange(blocks)[:, None] - jnp.arange(blocks)) * (
-            1 if past else -1
-        ) - 1
-        fade = jnp.where(
-            gap >= 0, jnp.exp(rate[:, None, None] * jnp.maximum(gap, 0)), 0
-        )
-        real = jnp.stack(
-            [jnp.stack([fade.real, -fade.imag]), jnp.stack([fade.imag, fade.real])]
-        )
-        return jnp.einsum("oinkj,...jind->...kond", real.astype(w.dtype), w).reshape(
-            written.shape
-        )
-    w = jnp.moveaxis(w[..., 0, :, :] + 1j * w[..., 1, :, :], -3, 0)
+    real, imaginary = jnp.split(jnp.asarray(written), 2, axis=-2)
+    w = jnp.moveaxis(real + 1j * imaginary, -3, 0)
+    fade = jnp.exp(rate)[:, None]
 
-    def step(h, w):
-        return (jnp.exp(rate)[:, None] * h + w, h)
+    def step(h, w_c):
+        return fade * h + w_c, h
 
-    h = jnp.moveaxis(
-        jax.lax.scan(step, jnp.zeros_like(w[0]), w, reverse=not past)[1], 0, -3
-    )
-    return jnp.concatenate([h.real, h.imag], -2).astype(written.dtype)
+    _, h = jax.lax.scan(step, jnp.zeros_like(w[0]), w, reverse=not past)
+    h = jnp.moveaxis(h, 0, -3)
+    return jnp.concatenate([h.real, h.imag], axis=-2).astype(written.dtype)
 
 
 # %% [markdown]
-# With that, (8) is three products: write, carry, and then convolve and read side by side. A CPU wants to be told that
-# the same matrix multiplies every block; a TPU sees it from the sum.
+# With that, (8) is: write, carry, and then convolve and read side by side, as one product. (How the states are carried
+# is an argument, because [the fast form](#the-same-step-fast) has another way for few blocks.)
 
 
 # %%
@@ -1437,76 +1425,72 @@ def convolve_blocks(
     ssm: DiagonalSSM,
     block: int = 256,
     past: bool = True,
+    carry: Callable = carry_states,
 ) -> Float[Array, "*batch L d"]:
     """K * u + D u by equation (8), from only `block` samples of the kernel; linear in
     L.
 
     It equals the full convolution, whether or not the block divides the length:
 
-    >>> ssm, u = (
-    ...     SSM(64, "lin", nnx.Rngs(1)).diagonal(),
-    ...     np.cos(np.arange(60.0)).reshape(30, 2),
-    ... )
+    >>> ssm = SSM(64, "lin", nnx.Rngs(1)).diagonal()
+    >>> u = np.cos(np.arange(60.0)).reshape(30, 2)
     >>> full = convolve_direct(u, ssm_kernel(ssm, 30).at[0].add(ssm.D))
     >>> [
     ...     bool(jnp.allclose(convolve_blocks(u, ssm, Q), full, atol=1e-4))
-    ...     for Q in (7, 10, 64)
+    ...     for Q in (7, 64)
     ... ]
-    [True, True, True]
+    [True, True]
     """
-    u, (*batch, L, d) = jnp.asarray(u), u.shape
-    Q, blocks = min(block, L), -(-L // min(block, L))
-    shared = functools.partial(jnp.einsum, "ij,...jd->...id")
-
-    def copied(m, x):
-        return jnp.broadcast_to(m, x.shape[:-2] + m.shape) @ x
-
-    def each(*mx):
-        return jax.lax.platform_dependent(*mx, cpu=copied, default=shared)
-
+    u = jnp.asarray(u)
+    *batch, L, d = u.shape
+    Q = min(block, L)
+    blocks = -(-L // Q)
     T, write, read = (m.astype(u.dtype) for m in block_products(ssm, Q, past))
     if blocks == 1:
-        return each(T, u)
-    x = jnp.pad(u, [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]).reshape(
-        *batch, blocks, Q, d
-    )
-    h = carry_states(each(write, x), unwind(Q * unwind(ssm.dt * ssm.A)), past)
-    y = each(jnp.concatenate([T, read], 1), jnp.concatenate([x, h], -2))
+        return jnp.einsum("ij,...jd->...id", T, u)
+
+    padding = [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]
+    x = jnp.pad(u, padding).reshape(*batch, blocks, Q, d)
+    written = jnp.einsum("nj,...jd->...nd", write, x)
+    h = carry(written, unwind(Q * unwind(ssm.dt * ssm.A)), past)
+    both = jnp.concatenate([T, read], axis=1)
+    y = jnp.einsum("ij,...jd->...id", both, jnp.concatenate([x, h], axis=-2))
     return y.reshape(*batch, blocks * Q, d)[..., :L, :]
 
 
 # %% [markdown]
-# The work is linear in $L$, and only $Q$ samples of the kernel are ever computed. The papers on [state-space
+# The work is linear in $L$, and only $Q$ samples of the kernel are ever computed. (The fast form carries the states of
+# up to `FEW_BLOCKS == 64` blocks by a product with a small triangular matrix, and beyond that by the loop; that is
+# counted here.) The papers on [state-space
 # duality](https://arxiv.org/abs/2405.21060) split systems that change with time in the same way; ours does not
 # change, so its matrices are the same for every block and every sentence. Counted in operations, for one channel and
 # one direction, without the making of the kernel, which all channels and sentences share:
 
 
 # %%
+FEW_BLOCKS = 64  # are carried by a matrix in the fast form
+
+
 def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) -> float:
     """Operations of one convolution of one channel over L tokens.
 
-    >>> [
-    ...     round(convolution_operations(way, 4096) / 4096)
-    ...     for way in ("direct", "fft", "toeplitz", "blocks")
-    ... ]
+    >>> ways = ("direct", "fft", "toeplitz", "blocks")
+    >>> [round(convolution_operations(way, 4096) / 4096) for way in ways]
     [4097, 136, 8192, 1056]
     """
-    Q, blocks = min(Q, L), -(-L // min(Q, L))
-    return {
-        "direct": 1.0 * L * (L + 1),  # equation (7), term by term
-        "fft": (
-            2 * 2.5 * 2 * L * np.log2(2 * L) + 6 * (L + 1)
-        ),  # there, times the kernel's spectrum, and back
-        "toeplitz": 2.0 * L * L,  # half of it times zeros
-        "blocks": (
-            blocks
-            * (
-                2.0 * Q * Q
-                + (blocks > 1) * 8 * N * (Q + (blocks if blocks <= 64 else 1))
-            )
-        ),
-    }[algorithm]
+    if algorithm == "direct":  # equation (7), term by term
+        return 1.0 * L * (L + 1)
+    if algorithm == "fft":  # there and back, and the product of the spectra
+        return 2 * 2.5 * 2 * L * np.log2(2 * L) + 6 * (L + 1)
+    if algorithm == "toeplitz":  # half of it times zeros
+        return 2.0 * L * L
+    Q = min(Q, L)
+    blocks = -(-L // Q)
+    inside = 2.0 * Q * Q
+    if blocks == 1:
+        return inside
+    carried = blocks if blocks <= FEW_BLOCKS else 1
+    return blocks * (inside + 8 * N * (Q + carried))
 
 
 # %% [markdown]
@@ -1553,6 +1537,23 @@ def show_choice():
 
 # %%
 LONGEST_MATRIX = 512  # tokens up to which "auto" takes the matrix
+ALGORITHMS = ("auto", "fft", "toeplitz", "blocks")
+
+
+def algorithm_for(L: int, algorithm: str) -> str:
+    """The algorithm to take for L tokens, which is the given one unless that is "auto".
+
+    >>> algorithm_for(512, "auto"), algorithm_for(1024, "auto"), algorithm_for(8, "fft")
+    ('toeplitz', 'blocks', 'fft')
+    """
+    if algorithm not in ALGORITHMS:
+        raise UserError(
+            f"convolution: {algorithm!r} is unknown; choose auto, fft, toeplitz or"
+            " blocks"
+        )
+    if algorithm != "auto":
+        return algorithm
+    return "toeplitz" if L <= LONGEST_MATRIX else "blocks"
 
 
 def convolve(
@@ -1564,32 +1565,22 @@ def convolve(
     """K * u + D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512
     tokens, then blocks.
 
-    >>> ssm, u = (
-    ...     SSM(64, "inv", nnx.Rngs(2)).diagonal(),
-    ...     np.sin(np.arange(80.0)).reshape(40, 2),
-    ... )
-    >>> ways = [convolve(u, ssm, False, a) for a in ("auto", "fft", "blocks")]
-    >>> (
-    ...     bool(jnp.allclose(ways[0], ways[1], atol=1e-4)),
-    ...     bool(jnp.allclose(ways[0], ways[2], atol=1e-4)),
-    ... )
-    (True, True)
+    >>> ssm = SSM(64, "inv", nnx.Rngs(2)).diagonal()
+    >>> u = np.sin(np.arange(80.0)).reshape(40, 2)
+    >>> auto = convolve(u, ssm, past=False)
+    >>> bool(jnp.allclose(auto, convolve(u, ssm, False, "fft"), atol=1e-4))
+    True
+    >>> bool(jnp.allclose(auto, convolve(u, ssm, False, "blocks"), atol=1e-4))
+    True
     """
-    way = (
-        algorithm
-        if algorithm != "auto"
-        else "toeplitz"
-        if u.shape[-2] <= LONGEST_MATRIX
-        else "blocks"
-    )
-    if way == "blocks":
+    L = u.shape[-2]
+    algorithm = algorithm_for(L, algorithm)
+    if algorithm == "blocks":
         return convolve_blocks(u, ssm, past=past)
-    ways = {"toeplitz": convolve_toeplitz, "fft": convolve_fft}
-    if way not in ways:
-        raise UserError(
-            f"convolution: {way!r} is unknown; choose auto, fft, toeplitz or blocks"
-        )
-    return ways[way](u, ssm_kernel(ssm, u.shape[-2]).at[0].add(ssm.D), past)
+    K = ssm_kernel(ssm, L).at[0].add(ssm.D)
+    if algorithm == "fft":
+        return convolve_fft(u, K, past)
+    return convolve_toeplitz(u, K, past)
 
 
 # %% [markdown]
@@ -1642,37 +1633,13 @@ def convolve(
 # pre-norm transformer; every dense layer has a bias. The paper's equations leave these out. We follow the code, or
 # the published weights would not fit.
 #
-# Two tools come before the layer. The published layers approximate GELU by a tanh; the masked-LM head and BERT use the
-# exact one, and so do we. And a dense layer on a CPU sees its input as a matrix whose rows are tokens: given three
-# axes, a CPU's compiler makes slower code. A TPU keeps arrays in tiles of 8 by 128, where merging two axes can mean
-# copying everything, so there the axes stay. `jax.lax.platform_dependent` leaves the choice to the moment of compiling;
-# both ways are the same numbers.
+# One detail before the layer: the published layers approximate GELU by a tanh; the masked-LM head and BERT use the
+# exact one, and so do we.
 
 # %%
-gelu = functools.partial(jax.nn.gelu, approximate=True)  # in the layers
-gelu_exact = functools.partial(
-    jax.nn.gelu, approximate=False
-)  # in the masked-LM head, and in BERT
-normal = functools.cache(
-    nnx.initializers.normal
-)  # kept, so that models of one shape share their compiled programs
-
-
-class Dense(nnx.Linear):
-    """x W + b over the last axis; on a CPU as the product of a (tokens, channels)
-    matrix.
-
-    >>> Dense(3, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3))).shape
-    (2, 4, 5)
-    """
-
-    def __call__(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch e"]:
-        dense = super().__call__
-
-        def merged(x):
-            return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-        return jax.lax.platform_dependent(jnp.asarray(x), cpu=merged, default=dense)
+# The layers' GELU, and that of the masked-LM head and of BERT.
+gelu = functools.partial(jax.nn.gelu, approximate=True)
+gelu_exact = functools.partial(jax.nn.gelu, approximate=False)
 
 
 # %% [markdown]
@@ -1730,94 +1697,35 @@ class Config:
 
 
 # %% [markdown]
-# **The batch enters here.** Since one SSM serves all channels, a batch of sentences is one sentence with more
-# channels. The encoder keeps time first, $(L, \text{batch}, d)$, and on a CPU this is seen as
-# $(L, \text{batch} \cdot d)$, which goes through the functions of room 5 as it is. Elsewhere the batch stays an axis of
-# its own and `jax.vmap` carries the same functions over it. A layer gathers along one of three routes: SSMs; attention,
-# as the rival to measure against; or none. In bfloat16 on a GPU attention is flash attention, which is told how
-# long a text is instead of a mask: padding has to stand at its end.
-
+# All dense layers of a model start from the same distribution. Products are in the type of the config; parameters stay
+# in float32, and a LayerNorm keeps its statistics in float32, too.
 
 # %%
-def route_ssm(
-    u: Float[AnyArray, "L batch d"], ssm: SSM, past: bool, algorithm: str
-) -> Float[Array, "L batch d"]:
-    """One SSM over a batch: the same kernel for every channel of every sentence,
-    equation (7).
+# One function for each start: models of one shape then share their compiled programs.
+normal = functools.cache(nnx.initializers.normal)
 
-    >>> ssm, u = (
-    ...     SSM(64, "hippo", nnx.Rngs(0)),
-    ...     jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3),
-    ... )
-    >>> together = route_ssm(u, ssm, True, "auto")
-    >>> alone = convolve(u[:, 1], ssm.diagonal())
-    >>> bool(jnp.allclose(together[:, 1], alone, atol=1e-5))
-    True
+
+def linear(config: Config, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer x W + b over the last axis of x.
+
+    >>> linear(Config(), 3, 5, nnx.Rngs(0))(jnp.ones((2, 4, 3))).shape
+    (2, 4, 5)
     """
-
-    def alone(u, ssm):
-        return convolve(u, ssm, past, algorithm)
-
-    def merged(u, ssm):
-        return alone(u.reshape(u.shape[0], -1), ssm).reshape(u.shape)
-
-    return jax.lax.platform_dependent(
-        jnp.asarray(u),
-        ssm.diagonal(),
-        cpu=merged,
-        default=jax.vmap(alone, (1, None), 1),
+    return nnx.Linear(
+        inputs,
+        outputs,
+        kernel_init=normal(config.initializer_range),
+        dtype=config.dtype,
+        rngs=rngs,
     )
 
 
-def attend(
-    q: Float[AnyArray, "L batch d"],
-    k: Float[AnyArray, "L batch d"],
-    v: Float[AnyArray, "L batch d"],
-    mask: Bool[AnyArray, "L batch"],
-    heads: int,
-) -> Float[Array, "L batch d"]:
-    """Attention, softmax(q k / sqrt(d / heads)) v, to tokens where the mask is true.
-
-    With equal keys everyone reads the average of what the mask lets through:
-
-    >>> v, mask = jnp.arange(6.0).reshape(3, 1, 2), jnp.array([[True], [True], [False]])
-    >>> attend(0 * v, 0 * v, v, mask, heads=1)[:, 0].tolist()
-    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
-    """
-    if q.shape[-1] % heads:
-        raise UserError(
-            f"num_attention_heads: {heads} heads do not divide {q.shape[-1]} channels"
-        )
-
-    def split(x):
-        return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 0, 1)
-
-    heard = {"mask": mask.T[:, None, None, :]}
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        heard = {
-            "key_value_seq_lengths": mask.sum(0, dtype=jnp.int32),
-            "implementation": "cudnn",
-        }
-    y = jax.nn.dot_product_attention(split(q), split(k), split(v), **heard)
-    return jnp.swapaxes(y, 0, 1).reshape(q.shape)
-
-
-# %% [markdown]
-# Normalization keeps its statistics in float32, whatever the type of the products around it.
-
-
-# %%
 def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels, its statistics in float32, its output in the products'
-    type.
+    """A LayerNorm over the d channels of a token.
 
-    >>> round(
-    ...     float(
-    ...         layer_norm(Config(hidden_size=4), nnx.Rngs(0))(jnp.arange(4.0)).std()
-    ...     ),
-    ...     3,
-    ... )
-    1.0
+    >>> y = layer_norm(Config(hidden_size=4), nnx.Rngs(0))(jnp.arange(4.0))
+    >>> round(float(y.mean()), 3), round(float(y.std()), 3)
+    (0.0, 1.0)
     """
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=config.dtype, rngs=rngs
@@ -1825,169 +1733,277 @@ def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 # %% [markdown]
-# Padding tokens carry no word. Where `mask` is false the inputs of the SSMs are set to zero, and a
-# sentence gets the same answer however far it is padded. The published model does not do that: its
-# padding tokens are convolved like any others. `mask_padding=False` restores its behaviour.
+# **The batch enters here.** A batch of texts is an array of shape $(\text{batch}, L, d)$, padded to a common length,
+# and `mask` is true at its words. One SSM, so one kernel, serves every channel of every text: the functions of room 5
+# take the batch as it is. Padding carries no word, so inputs are set to zero there, and a text gets the same answer
+# however far it is padded. The published model does not do that: its padding tokens are convolved like any others.
+# `mask_padding=False` restores its behaviour.
 
 
 # %%
-def silence(
-    u: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"], padding: bool
-) -> Float[Array, "L batch d"]:
-    """Zeros at padding, if padding is to be silent.
+class Direction(SSM):
+    """SSM_f or SSM_b of equation (9): the SSM of one direction, applied to a batch.
 
-    >>> silence(
-    ...     jnp.ones((2, 1, 1)), jnp.array([[True], [False]]), True
-    ... ).ravel().tolist()
-    [1.0, 0.0]
+    >>> config = Config(num_ssm=8)
+    >>> ahead = Direction(config, past=False, rngs=nnx.Rngs(0))
+    >>> u = jnp.zeros((1, 4, 1)).at[0, 2].set(1.0)
+    >>> (ahead(u, jnp.ones((1, 4), bool)) != 0)[0, :, 0].tolist()
+    [True, True, True, False]
+
+    What stands at padding is not read:
+
+    >>> bool(ahead(u, jnp.array([[True, True, False, False]])).any())
+    False
     """
-    return u * mask[..., None].astype(u.dtype) if padding else jnp.asarray(u)
+
+    def __init__(self, config: Config, past: bool, rngs: nnx.Rngs):
+        super().__init__(config.num_ssm, config.scaling, rngs)
+        self.config = config
+        self.past = past
+
+    def __call__(
+        self, u: Float[AnyArray, "batch L d"], mask: Bool[AnyArray, "batch L"]
+    ) -> Float[Array, "batch L d"]:
+        if self.config.mask_padding:
+            u = jnp.where(mask[..., None], u, 0)
+        return convolve(u, self.diagonal(), self.past, self.config.convolution)
+
+
+class NoRouting(nnx.Module):
+    """What stands in for an SSM in a model whose tokens never meet, the control.
+
+    >>> NoRouting()(jnp.ones(3), None).tolist()
+    [1.0, 1.0, 1.0]
+    """
+
+    def __call__(self, u, mask):
+        return u
+
+
+def direction(config: Config, past: bool, rngs: nnx.Rngs) -> Direction | NoRouting:
+    """One direction of a layer, by the config's routing.
+
+    >>> type(direction(Config(routing="none"), True, nnx.Rngs(0))).__name__
+    'NoRouting'
+    """
+    if config.routing == "none":
+        return NoRouting()
+    return Direction(config, past, rngs)
 
 
 # %% [markdown]
-# Now the layer, equation (9) line by line, in two halves: in `mix_tokens` the tokens hear each other, and in
-# `mix_channels` each of them is worked on alone. The paper also puts its gates around attention instead of SSMs, and
-# that variant was never released. Our definition of it has the same dense layers: $W_f, W_b, W_{u_1}, W_{u_2}$ become
-# the projections for queries, keys, values and output.
+# Now the layer, equation (9) line by line.
 
 
 # %%
 class GatedLayer(nnx.Module):
-    """x + O of equation (9), after a LayerNorm. Change the word at 2, and every place
-    hears of it:
+    """x + O of equation (9), after a LayerNorm. Change the word at 2, and the output
+    changes everywhere:
 
-    >>> layer = GatedLayer(
-    ...     Config(hidden_size=8, intermediate_size=24, initializer_range=0.5),
-    ...     nnx.Rngs(0),
-    ... )
-    >>> x, mask = jnp.sin(jnp.arange(32.0)).reshape(4, 1, 8), jnp.ones((4, 1), bool)
-    >>> (layer(x, mask) != layer(x.at[2, 0, 0].add(1), mask)).any((1, 2)).tolist()
+    >>> shape = Config(hidden_size=8, intermediate_size=24, initializer_range=0.5)
+    >>> layer = GatedLayer(shape, nnx.Rngs(0))
+    >>> x = jnp.sin(jnp.arange(32.0)).reshape(1, 4, 8)
+    >>> mask = jnp.ones((1, 4), bool)
+    >>> changed = x.at[0, 2, 0].add(1)
+    >>> (layer(x, mask) != layer(changed, mask)).any((0, 2)).tolist()
     [True, True, True, True]
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        d, wide, self.config = config.hidden_size, config.intermediate_size, config
-        dense = functools.partial(
-            Dense,
-            dtype=config.dtype,
-            rngs=rngs,
-            kernel_init=normal(config.initializer_range),
-        )
+        d = config.hidden_size
+        wide = config.intermediate_size
+        self.config = config
         self.norm = layer_norm(config, rngs)
-        self.W_v, self.W_u, self.W_o = dense(d, wide), dense(d, wide), dense(wide, d)
-        self.W_f, self.W_b, self.W_u1, self.W_u2 = (dense(d, d) for _ in range(4))
-        if config.routing == "ssm":
-            self.forward, self.backward = (
-                SSM(config.num_ssm, config.scaling, rngs) for _ in range(2)
-            )
+        self.W_v = linear(config, d, wide, rngs)
+        self.W_u = linear(config, d, wide, rngs)
+        self.W_o = linear(config, wide, d, rngs)
+        self.W_f = linear(config, d, d, rngs)
+        self.W_b = linear(config, d, d, rngs)
+        self.W_u1 = linear(config, d, d, rngs)
+        self.W_u2 = linear(config, d, d, rngs)
+        self.forward = direction(config, past=True, rngs=rngs)
+        self.backward = direction(config, past=False, rngs=rngs)
 
     def __call__(
-        self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]
-    ) -> Float[Array, "L batch d"]:
-        return self.mix_channels(*self.mix_tokens(x, mask))
-
-    def mix_tokens(self, x, mask):
-        """x, the X of equation (9), and what SSM_f and SSM_b gathered, or attention in
-        their place.
-        """
-        c, h = self.config, self.norm(x) if self.config.pre_norm else x
-        if c.routing == "attention":
-            return (
-                x,
-                h,
-                attend(
-                    self.W_f(h), self.W_b(h), self.W_u1(h), mask, c.num_attention_heads
-                ),
-            )
-        f, b = gelu(self.W_f(h)), gelu(self.W_b(h))
-        if c.routing == "ssm":
-            f, b = (silence(u, mask, c.mask_padding) for u in (f, b))
-            f = route_ssm(f, self.forward, True, c.convolution)
-            b = route_ssm(b, self.backward, False, c.convolution)
-        return x, h, f, b
-
-    def mix_channels(self, x, h, *gathered):
-        """x + O, with U_1 * U_2 of the two that were gathered; of attention, its output
-        projection.
-        """
-        U = (
-            self.W_u2(*gathered)
-            if len(gathered) == 1
-            else self.W_u1(gathered[0]) * self.W_u2(gathered[1])
-        )
-        y = x + self.W_o(gelu(self.W_u(U)) * gelu(self.W_v(h)))
+        self, x: Float[AnyArray, "batch L d"], mask: Bool[AnyArray, "batch L"]
+    ) -> Float[Array, "batch L d"]:
+        h = self.norm(x) if self.config.pre_norm else x
+        V = gelu(self.W_v(h))
+        U1 = self.W_u1(self.forward(gelu(self.W_f(h)), mask))
+        U2 = self.W_u2(self.backward(gelu(self.W_b(h)), mask))
+        U = gelu(self.W_u(U1 * U2))
+        y = x + self.W_o(U * V)
         return y if self.config.pre_norm else self.norm(y)
 
 
 # %% [markdown]
 # The paper asks what gating contributes by taking it away. Its *stacked* model is a BERT whose attention is replaced
-# by SSMs; nothing is multiplied with anything. It was not released either. In our definition each of two SSMs, one
+# by SSMs; nothing is multiplied with anything. It was not released. In our definition each of two SSMs, one
 # forward and then one backward, has a dense layer before and after it, so that a stacked layer keeps the $12 d^2$
 # weights of a BERT layer. These four keep the names that attention gives them: `W_q` and `W_k` stand around the
 # forward SSM, `W_v` and `W_o` around the backward one. (No nonlinearity stands between `W_k` and `W_v`, so one matrix
-# could replace them; there are two to keep the count.) With attention in their place the same class is BERT, whose
-# weights give it BERT's answers (`tests/test_bert.py`); only the dropouts that BERT has inside its layers are left
-# out.
+# could replace them; there are two to keep the count.)
 
 
 # %%
 class StackLayer(nnx.Module):
-    """A BERT layer: routing, then a feed-forward block of 4d, each with a residual and
-    a LayerNorm.
+    """A BERT layer with SSMs: routing, then a feed-forward block of 4d, each with a
+    residual and a LayerNorm.
 
-    >>> config = Config(
-    ...     hidden_size=8, intermediate_size=32, num_attention_heads=2, block="stack"
-    ... )
-    >>> StackLayer(config, nnx.Rngs(0))(
-    ...     jnp.ones((5, 2, 8)), jnp.ones((5, 2), bool)
-    ... ).shape
-    (5, 2, 8)
+    >>> shape = Config(hidden_size=8, intermediate_size=32, block="stack")
+    >>> layer = StackLayer(shape, nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 5, 8)), jnp.ones((2, 5), bool)).shape
+    (2, 5, 8)
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        d, wide, self.config = config.hidden_size, config.intermediate_size, config
-        dense = functools.partial(
-            Dense,
-            dtype=config.dtype,
-            rngs=rngs,
-            kernel_init=normal(config.initializer_range),
-        )
-        self.norm1, self.norm2 = layer_norm(config, rngs), layer_norm(config, rngs)
-        self.W_q, self.W_k, self.W_v, self.W_o = (dense(d, d) for _ in range(4))
-        self.W_in, self.W_out = dense(d, wide), dense(wide, d)
-        if config.routing == "ssm":
-            self.forward, self.backward = (
-                SSM(config.num_ssm, config.scaling, rngs) for _ in range(2)
-            )
+        d = config.hidden_size
+        wide = config.intermediate_size
+        self.config = config
+        self.norm1 = layer_norm(config, rngs)
+        self.norm2 = layer_norm(config, rngs)
+        self.W_q = linear(config, d, d, rngs)
+        self.W_k = linear(config, d, d, rngs)
+        self.W_v = linear(config, d, d, rngs)
+        self.W_o = linear(config, d, d, rngs)
+        self.W_in = linear(config, d, wide, rngs)
+        self.W_out = linear(config, wide, d, rngs)
+        if config.routing != "attention":
+            self.forward = direction(config, past=True, rngs=rngs)
+            self.backward = direction(config, past=False, rngs=rngs)
+
+    def route(self, h, mask):
+        """What each token gathers from the others, (batch, L, d)."""
+        past = self.W_k(self.forward(self.W_q(h), mask))
+        return self.W_o(self.backward(self.W_v(past), mask))
+
+    def feed(self, h):
+        """The feed-forward block, on each token alone."""
+        return self.W_out(gelu_exact(self.W_in(h)))
 
     def __call__(
-        self, x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "L batch"]
-    ) -> Float[Array, "L batch d"]:
-        return self.mix_channels(*self.mix_tokens(x, mask))
-
-    def mix_tokens(self, x, mask):
-        """x and what W_o reads: of attention, or of the second SSM."""
-        c, u = self.config, self.norm1(x) if self.config.pre_norm else x
-        if c.routing == "attention":
-            return x, attend(
-                self.W_q(u), self.W_k(u), self.W_v(u), mask, c.num_attention_heads
-            )
-        u = silence(self.W_q(u), mask, c.mask_padding)
-        u = route_ssm(u, self.forward, True, c.convolution) if c.routing == "ssm" else u
-        u = silence(self.W_v(self.W_k(u)), mask, c.mask_padding)
-        return x, (
-            route_ssm(u, self.backward, False, c.convolution)
-            if c.routing == "ssm"
-            else u
-        )
-
-    def mix_channels(self, x, gathered):
-        """Two residuals: of what was gathered, and of the feed-forward block."""
-        x, feed = x + self.W_o(gathered), lambda h: self.W_out(gelu_exact(self.W_in(h)))
+        self, x: Float[AnyArray, "batch L d"], mask: Bool[AnyArray, "batch L"]
+    ) -> Float[Array, "batch L d"]:
         if self.config.pre_norm:
-            return x + feed(self.norm2(x))
-        x = self.norm1(x)
-        return self.norm2(x + feed(x))
+            x = x + self.route(self.norm1(x), mask)
+            return x + self.feed(self.norm2(x))
+        x = self.norm1(x + self.route(x, mask))
+        return self.norm2(x + self.feed(x))
+
+
+# %% [markdown]
+# The rival of both is attention, which weighs the tokens by what they say.
+
+
+# %%
+def attend(
+    q: Float[AnyArray, "batch L d"],
+    k: Float[AnyArray, "batch L d"],
+    v: Float[AnyArray, "batch L d"],
+    mask: Bool[AnyArray, "batch L"],
+    heads: int,
+) -> Float[Array, "batch L d"]:
+    """Attention, softmax(q k / sqrt(d / heads)) v, to tokens where the mask is true.
+
+    With equal keys everyone reads the average of what the mask lets through:
+
+    >>> v = jnp.arange(6.0).reshape(1, 3, 2)
+    >>> mask = jnp.array([[True, True, False]])
+    >>> attend(0 * v, 0 * v, v, mask, heads=1)[0].tolist()
+    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    """
+    batch, L, d = q.shape
+    if d % heads:
+        raise UserError(
+            f"num_attention_heads: {heads} heads do not divide {d} channels"
+        )
+    q = q.reshape(batch, L, heads, -1)
+    k = k.reshape(batch, L, heads, -1)
+    v = v.reshape(batch, L, heads, -1)
+    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
+        # Flash attention is told lengths: padding has to stand at the end of a text.
+        lengths = mask.sum(1, dtype=jnp.int32)
+        y = jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    else:
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    return y.reshape(batch, L, d)
+
+
+# %% [markdown]
+# A stacked layer with attention in place of the SSMs is BERT's, and BERT's weights give it BERT's answers
+# (`tests/test_bert.py`); only the dropouts that BERT has inside its layers are left out. The paper also puts its gates
+# around attention, and never released that. Our definition has the same dense layers as the gated layer:
+# $W_f, W_b, W_{u_1}, W_{u_2}$ become the projections for queries, keys, values and output.
+
+
+# %%
+class StackAttentionLayer(StackLayer):
+    """BERT's layer: a StackLayer that routes by attention.
+
+    >>> shape = Config(8, 8, 1, 32, routing="attention", num_attention_heads=2)
+    >>> layer = StackAttentionLayer(shape, nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 5, 8)), jnp.ones((2, 5), bool)).shape
+    (2, 5, 8)
+    """
+
+    def route(self, h, mask):
+        heads = self.config.num_attention_heads
+        return self.W_o(attend(self.W_q(h), self.W_k(h), self.W_v(h), mask, heads))
+
+
+class GatedAttentionLayer(nnx.Module):
+    """The gates of equation (9) around attention.
+
+    >>> shape = Config(8, 8, 1, 24, routing="attention", num_attention_heads=2)
+    >>> layer = GatedAttentionLayer(shape, nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 5, 8)), jnp.ones((2, 5), bool)).shape
+    (2, 5, 8)
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d = config.hidden_size
+        wide = config.intermediate_size
+        self.config = config
+        self.norm = layer_norm(config, rngs)
+        self.W_v = linear(config, d, wide, rngs)
+        self.W_u = linear(config, d, wide, rngs)
+        self.W_o = linear(config, wide, d, rngs)
+        self.W_f = linear(config, d, d, rngs)
+        self.W_b = linear(config, d, d, rngs)
+        self.W_u1 = linear(config, d, d, rngs)
+        self.W_u2 = linear(config, d, d, rngs)
+
+    def __call__(
+        self, x: Float[AnyArray, "batch L d"], mask: Bool[AnyArray, "batch L"]
+    ) -> Float[Array, "batch L d"]:
+        heads = self.config.num_attention_heads
+        h = self.norm(x) if self.config.pre_norm else x
+        V = gelu(self.W_v(h))
+        gathered = attend(self.W_f(h), self.W_b(h), self.W_u1(h), mask, heads)
+        U = gelu(self.W_u(self.W_u2(gathered)))
+        y = x + self.W_o(U * V)
+        return y if self.config.pre_norm else self.norm(y)
+
+
+LAYERS = {
+    ("gated", "ssm"): GatedLayer,
+    ("gated", "none"): GatedLayer,
+    ("gated", "attention"): GatedAttentionLayer,
+    ("stack", "ssm"): StackLayer,
+    ("stack", "none"): StackLayer,
+    ("stack", "attention"): StackAttentionLayer,
+}
+
+
+def one_layer(config: Config, rngs: nnx.Rngs) -> nnx.Module:
+    """A fresh layer of the config's kind.
+
+    >>> type(one_layer(Config(num_ssm=4, hidden_size=8), nnx.Rngs(0))).__name__
+    'GatedLayer'
+    """
+    return LAYERS[config.block, config.routing](config, rngs)
 
 
 # %% [markdown]
@@ -2109,46 +2125,54 @@ def dropout(
     """
     if key is None or rate == 0:
         return jnp.asarray(x)
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 # %% [markdown]
 # With that, the encoder. The layers have equal shapes, so they are kept as one layer whose arrays carry a leading
 # axis, and `jax.lax.scan` applies them one after another: the compiler sees one layer instead of twenty-three. Unlike
-# in most pre-norm transformers, no LayerNorm follows the last layer; the authors' code has none. `remat` is for [room
-# 11](#11-one-step-on-many-chips).
+# in most pre-norm transformers, no LayerNorm follows the last layer; the authors' code has none.
+
 
 # %%
-LAYERS = {"gated": GatedLayer, "stack": StackLayer}
-
-
 class Encoder(nnx.Module):
-    """Embeddings and layers: tokens (batch, L) in, features (L, batch, d) out, time
-    first; with `positions` (batch, P) in each row, features (P, batch, d) of those
-    alone.
+    """Embeddings and layers: tokens (batch, L) in, features (batch, L, d) out.
 
-    >>> Encoder(Config(50, 8, 1, 24, num_ssm=4), nnx.Rngs(0))(
-    ...     jnp.ones((3, 5), int), jnp.ones((3, 5), bool)
-    ... ).shape
-    (5, 3, 8)
+    >>> encoder = Encoder(Config(50, 8, 1, 24, num_ssm=4), nnx.Rngs(0))
+    >>> encoder(jnp.ones((3, 5), int), jnp.ones((3, 5), bool)).shape
+    (3, 5, 8)
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        drawn = normal(config.initializer_range)
-
         def table(rows):
-            return nnx.Embed(rows, config.hidden_size, embedding_init=drawn, rngs=rngs)
+            return nnx.Embed(
+                rows,
+                config.hidden_size,
+                embedding_init=normal(config.initializer_range),
+                rngs=rngs,
+            )
 
         self.config = config
-        self.words, self.positions = (
-            table(config.vocab_size),
-            table(config.max_position_embeddings),
-        )
-        self.types, self.norm = table(config.type_vocab_size), layer_norm(config, rngs)
+        self.words = table(config.vocab_size)
+        self.positions = table(config.max_position_embeddings)
+        self.types = table(config.type_vocab_size)
+        self.norm = layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: LAYERS[config.block](config, nnx.Rngs(key)))(
-            keys
-        )
+        self.layers = jax.vmap(lambda key: one_layer(config, nnx.Rngs(key)))(keys)
+
+    def embed(
+        self,
+        input_ids: Int[AnyArray, "batch L"],
+        token_type_ids: Int[AnyArray, "batch L"] | None,
+        key: jax.Array | None,
+    ) -> Float[Array, "batch L d"]:
+        """The input of the first layer."""
+        ids = jnp.asarray(input_ids)
+        types = jnp.zeros_like(ids) if token_type_ids is None else token_type_ids
+        places = jnp.arange(ids.shape[1])
+        x = self.words(ids) + self.positions(places) + self.types(jnp.asarray(types))
+        return dropout(self.norm(x), self.config.hidden_dropout_prob, key)
 
     def __call__(
         self,
@@ -2156,62 +2180,20 @@ class Encoder(nnx.Module):
         mask: Bool[AnyArray, "batch L"],
         token_type_ids: Int[AnyArray, "batch L"] | None = None,
         key: jax.Array | None = None,
-        remat: bool = False,
-        positions: Int[AnyArray, "batch P"] | None = None,
-    ) -> Float[Array, "_ batch d"]:
-        ids, mask, L = jnp.asarray(input_ids).T, jnp.asarray(mask).T, input_ids.shape[1]
-        types = (
-            jnp.zeros_like(ids)
-            if token_type_ids is None
-            else jnp.asarray(token_type_ids).T
-        )
-        x = self.words(ids) + self.positions.embedding[:L, None] + self.types(types)
-        x = dropout(self.norm(x), self.config.hidden_dropout_prob, key)
+    ) -> Float[Array, "batch L d"]:
+        x = self.embed(input_ids, token_type_ids, key)
+        mask = jnp.asarray(mask)
 
-        def ask(x):
-            return (
-                x
-                if positions is None
-                else jnp.take_along_axis(x, jnp.asarray(positions).T[..., None], axis=0)
-            )
+        def apply(x, layer):
+            return layer(x, mask), None
 
-        body, count = (
-            lambda x, layer: (layer(x, mask), None),
-            self.config.num_hidden_layers,
-        )
-        body = jax.checkpoint(body) if remat else body
-        if not unrolled(count):
-            return ask(jax.lax.scan(body, x, self.layers)[0])
-        leaves, tree = jax.tree.flatten(self.layers)
-        cut = zip(*(jnp.split(leaf, count) for leaf in leaves), strict=True)
-        *earlier, last = (tree.unflatten([leaf[0] for leaf in layer]) for layer in cut)
-        for layer in earlier:
-            x, _ = body(x, layer)
-        return last.mix_channels(*map(ask, last.mix_tokens(x, mask)))
-
-
-# %% [markdown]
-# A few layers on a CPU are written out instead, which lets the compiler reuse memory across them. Their arrays are cut
-# apart by `jnp.split`, whose gradient puts the layers' gradients together again; the gradient of an index would be, for
-# every layer, an array for all layers with zeros for the others. Then the last layer may differ from the rest: where
-# only some positions are asked for, as in pretraining, it mixes tokens everywhere but channels at those positions
-# alone. What comes out is the same.
-
-
-# %%
-def unrolled(layers: int) -> bool:
-    """Whether to write each layer out for the compiler: up to eight, on a CPU.
-
-    >>> unrolled(23)
-    False
-    """
-    return layers <= 8 and jax.default_backend() == "cpu"
+        x, _ = jax.lax.scan(apply, x, self.layers)
+        return x
 
 
 # %% [markdown]
 # Five tasks share this encoder, under the published names. The masked-LM head ties its output to the word
-# embeddings. It works on chosen positions only: pretraining asks about 15 % of the tokens, and the product
-# with the vocabulary is the largest of a small model, so the other 85 % are never computed.
+# embeddings.
 
 
 # %%
@@ -2219,26 +2201,24 @@ class MaskedLMHead(nnx.Module):
     """dense, exact GELU, LayerNorm, product with the word embeddings, a bias for each
     word.
 
-    >>> config, rngs = Config(vocab_size=7, hidden_size=4), nnx.Rngs(0)
-    >>> MaskedLMHead(config, rngs)(jnp.ones((2, 4)), nnx.Embed(7, 4, rngs=rngs)).shape
+    >>> config = Config(vocab_size=7, hidden_size=4)
+    >>> head = MaskedLMHead(config, nnx.Rngs(0))
+    >>> head(jnp.ones((2, 4)), nnx.Embed(7, 4, rngs=nnx.Rngs(1))).shape
     (2, 7)
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.dense = Dense(
-            config.hidden_size, config.hidden_size, dtype=config.dtype, rngs=rngs
-        )
-        self.norm, self.bias = (
-            layer_norm(config, rngs),
-            nnx.Param(jnp.zeros(config.vocab_size)),
-        )
+        d = config.hidden_size
+        self.dense = nnx.Linear(d, d, dtype=config.dtype, rngs=rngs)
+        self.norm = layer_norm(config, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
 
     def __call__(
         self, x: Float[AnyArray, "*batch d"], words: nnx.Embed
     ) -> Float[Array, "*batch V"]:
         h = self.norm(gelu_exact(self.dense(x)))
-        logits = h.reshape(-1, h.shape[-1]) @ words.embedding[...].astype(h.dtype).T
-        return (logits.astype(jnp.float32) + self.bias[...]).reshape(*x.shape[:-1], -1)
+        logits = h @ words.embedding[...].astype(h.dtype).T
+        return logits.astype(jnp.float32) + self.bias[...]
 
 
 # %% [markdown]
@@ -2247,26 +2227,22 @@ class MaskedLMHead(nnx.Module):
 
 # %%
 def pool(
-    x: Float[AnyArray, "L batch d"], mask: Bool[AnyArray, "batch L"], kind: str
+    x: Float[AnyArray, "batch L d"], mask: Bool[AnyArray, "batch L"], kind: str
 ) -> Float[Array, "batch d"]:
     """Average over the tokens of the mask, over all tokens ("mean"), or the first token
     ("cls").
 
-    >>> x, mask = (
-    ...     jnp.array([[[2.0]], [[4.0]], [[9.0]]]),
-    ...     jnp.array([[True, True, False]]),
-    ... )
+    >>> x = jnp.array([[[2.0], [4.0], [9.0]]])
+    >>> mask = jnp.array([[True, True, False]])
     >>> [pool(x, mask, kind).item() for kind in ("non_padding_mean", "mean", "cls")]
     [3.0, 5.0, 2.0]
     """
     if kind == "cls":
-        return x[0]
-    weight = (
-        mask.T[..., None].astype(x.dtype)
-        if kind == "non_padding_mean"
-        else jnp.ones_like(x[..., :1])
-    )
-    return (x * weight).sum(0) / jnp.maximum(weight.sum(0), 1)
+        return x[:, 0]
+    if kind == "mean":
+        mask = jnp.ones_like(mask)
+    weight = mask[..., None].astype(x.dtype)
+    return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
 
 # %% [markdown]
@@ -2279,41 +2255,30 @@ class LabelHead(nnx.Module):
     layer and a tanh.
 
     >>> head = LabelHead(Config(hidden_size=4), "sequence_classification", nnx.Rngs(0))
-    >>> head(jnp.ones((5, 2, 4)), jnp.ones((2, 5), bool), None).shape
+    >>> head(jnp.ones((2, 5, 4)), jnp.ones((2, 5), bool), None).shape
     (2, 2)
     """
 
     def __init__(self, config: Config, task: str, rngs: nnx.Rngs):
-        self.config, pooled = (
-            config,
-            task
-            in (
-                "sequence_classification",
-                "multiple_choice",
-            ),
-        )
-        self.dropout = (
-            0.0 if task == "question_answering" else config.hidden_dropout_prob
-        )  # as in their code
-        outputs = {"question_answering": 2, "multiple_choice": 1}.get(
-            task, config.num_labels
-        )
-        self.pooler = (
-            Dense(config.hidden_size, config.hidden_size, rngs=rngs) if pooled else None
-        )
-        self.classifier = Dense(config.hidden_size, outputs, rngs=rngs)
+        d = config.hidden_size
+        outputs = {"question_answering": 2, "multiple_choice": 1}
+        self.config = config
+        self.dropout = config.hidden_dropout_prob
+        if task == "question_answering":
+            self.dropout = 0.0  # as in the authors' code
+        pooled = task in ("sequence_classification", "multiple_choice")
+        self.pooler = nnx.Linear(d, d, rngs=rngs) if pooled else None
+        self.classifier = nnx.Linear(d, outputs.get(task, config.num_labels), rngs=rngs)
 
     def __call__(
         self,
-        x: Float[AnyArray, "L batch d"],
+        x: Float[AnyArray, "batch L d"],
         mask: Bool[AnyArray, "batch L"],
         key: jax.Array | None,
     ) -> Float[Array, "*batch outputs"]:
-        if self.pooler is None:
-            h = jnp.swapaxes(x, 0, 1)
-        else:
-            h = jnp.tanh(self.pooler(pool(x, mask, self.config.pooler_type)))
-        return self.classifier(dropout(h, self.dropout, key)).astype(jnp.float32)
+        if self.pooler is not None:
+            x = jnp.tanh(self.pooler(pool(x, mask, self.config.pooler_type)))
+        return self.classifier(dropout(x, self.dropout, key)).astype(jnp.float32)
 
 
 # %% [markdown]
@@ -2337,7 +2302,8 @@ def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
     Traceback (most recent call last):
     annotated_bigs.UserError: input_ids: 50 is none of this model's 50 words; ...
     """
-    shape, limit = np.shape(input_ids), config.max_position_embeddings
+    shape = np.shape(input_ids)
+    limit = config.max_position_embeddings
     if len(shape) != axes:
         raise UserError(
             f"input_ids: shape {shape}, but this task reads (batch,"
@@ -2348,10 +2314,10 @@ def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
             f"input_ids: {shape[-1]} tokens, but this model reads at most {limit}; cut"
             f" the text or pass truncation=True and max_length={limit} to the tokenizer"
         )
-    if (
-        not isinstance(input_ids, jax.core.Tracer)
-        and (word := np.max(input_ids, initial=0)) >= config.vocab_size
-    ):
+    if isinstance(input_ids, jax.core.Tracer):  # has no values yet
+        return shape
+    word = np.max(input_ids, initial=0)
+    if word >= config.vocab_size:
         raise UserError(
             f"input_ids: {word} is none of this model's {config.vocab_size} words; use"
             " its own tokenizer"
@@ -2373,12 +2339,10 @@ class BiGS(nnx.Module):
     labels), question_answering two of (batch, L), multiple_choice (batch, choices) for
     (batch, choices, L).
 
-    >>> small, ids = Config(50, 8, 1, 24, num_ssm=4), np.ones((3, 5), int)
-    >>> [
-    ...     BiGS(small, task)(ids).shape
-    ...     for task in ("masked_lm", "sequence_classification")
-    ... ]
-    [(3, 5, 50), (3, 2)]
+    >>> small = Config(50, 8, 1, 24, num_ssm=4)
+    >>> ids = np.ones((3, 5), int)
+    >>> BiGS(small)(ids).shape, BiGS(small, "sequence_classification")(ids).shape
+    ((3, 5, 50), (3, 2))
     """
 
     def __init__(self, config: Config, task: str = "masked_lm", seed: int = 0):
@@ -2387,87 +2351,84 @@ class BiGS(nnx.Module):
                 f"task: {task!r} is unknown; choose one of {', '.join(TASKS)}"
             )
         rngs = nnx.Rngs(seed)
-        self.config, self.task, self.encoder = config, task, Encoder(config, rngs)
-        self.head = (
-            MaskedLMHead(config, rngs)
-            if task == "masked_lm"
-            else LabelHead(config, task, rngs)
-        )
+        self.config = config
+        self.task = task
+        self.encoder = Encoder(config, rngs)
+        if task == "masked_lm":
+            self.head = MaskedLMHead(config, rngs)
+        else:
+            self.head = LabelHead(config, task, rngs)
 
-    def logits(self, ids, mask, types, key):
-        keys = (None, None) if key is None else jax.random.split(key)
-        room = (
-            0
-            if self.config.mask_padding
-            else self.config.max_position_embeddings - ids.shape[1]
-        )
-
-        def pad(a, value):
-            return jnp.pad(a, [(0, 0), (0, room)], constant_values=value)
-
-        ids, mask, types = (
-            pad(ids, self.config.pad_token_id),
-            pad(mask, False),
-            pad(types, 0),
-        )
-        x = self.encoder(ids, mask, types, keys[0])
+    def logits(self, ids, mask, types, key=None, encode=Encoder.__call__):
+        """What the head says of arrays of (batch, L); `encode` applies the encoder."""
+        encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
+        if not self.config.mask_padding:
+            missing = self.config.max_position_embeddings - ids.shape[1]
+            padding = [(0, 0), (0, missing)]
+            ids = jnp.pad(ids, padding, constant_values=self.config.pad_token_id)
+            mask = jnp.pad(mask, padding)
+            types = jnp.pad(types, padding)
+        x = encode(self.encoder, ids, mask, types, encoder_key)
         if self.task == "masked_lm":
-            return self.head(jnp.swapaxes(x, 0, 1), self.encoder.words)
-        return self.head(x, mask, keys[1])
+            return self.head(x, self.encoder.words)
+        return self.head(x, mask, head_key)
 
-    def __call__(self, input_ids, attention_mask=None, token_type_ids=None, key=None):
-        *batch, L = shape = check_ids(
-            input_ids, self.config, 2 + (self.task == "multiple_choice")
-        )
-        ids, mask, types = (
-            jnp.broadcast_to(
-                jnp.asarray(default if a is None else a, jnp.int32), shape
-            ).reshape(-1, L)
-            for a, default in (
-                (input_ids, None),
-                (attention_mask, 1),
-                (token_type_ids, 0),
-            )
-        )
-        y = compiled_logits(self, ids, mask > 0, types, key)
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        key: jax.Array | None = None,
+        encode: Callable = Encoder.__call__,
+    ):
+        axes = 3 if self.task == "multiple_choice" else 2
+        shape = check_ids(input_ids, self.config, axes)
+        L = shape[-1]
+
+        def rows(given, default):
+            array = jnp.asarray(default if given is None else given, jnp.int32)
+            return jnp.broadcast_to(array, shape).reshape(-1, L)
+
+        ids = rows(input_ids, None)
+        mask = rows(attention_mask, 1) > 0
+        types = rows(token_type_ids, 0)
+        y = compiled_logits(self, ids, mask, types, key, encode)
+        if self.task == "sequence_classification":
+            return y
         if self.task == "multiple_choice":
-            return y.reshape(batch)
+            return y.reshape(shape[:-1])
         if self.task == "question_answering":
             return y[:, :L, 0], y[:, :L, 1]
-        return y if self.task == "sequence_classification" else y[:, :L]
+        return y[:, :L]
+
+
+compiled_logits = jax.jit(BiGS.logits, static_argnums=5)
 
 
 # %% [markdown]
-# Pretraining asks at chosen positions only. The other logits are never computed, nor what leads to them alone.
+# Pretraining needs the logits at the masked positions only, 15 % of the tokens. The product with the vocabulary is the
+# largest of a small model, so the other 85 % are never computed.
+
 
 # %%
-compiled_logits = jax.jit(BiGS.logits)  # of all positions
-
-
 def masked_logits(
     model: BiGS,
     positions: Int[AnyArray, "batch P"],
-    *inputs,
+    input_ids: Int[AnyArray, "batch L"],
+    mask: Bool[AnyArray, "batch L"],
     key: jax.Array | None = None,
-    remat: bool = False,
-) -> Float[Array, "P batch V"]:
-    """Masked-LM logits at the given positions; the inputs and options are those of the
-    encoder.
+) -> Float[Array, "batch P V"]:
+    """Masked-LM logits at the given positions of each text.
 
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
     >>> ids = np.arange(10).reshape(2, 5)
     >>> some = masked_logits(model, np.array([[1], [3]]), ids, np.ones((2, 5), bool))
-    >>> bool(
-    ...     jnp.allclose(
-    ...         some[0], model(ids)[jnp.arange(2), jnp.array([1, 3])], atol=1e-6
-    ...     )
-    ... )
+    >>> bool(jnp.allclose(some[1, 0], model(ids)[1, 3], atol=1e-6))
     True
     """
-    return model.head(
-        model.encoder(*inputs, key=key, remat=remat, positions=positions),
-        model.encoder.words,
-    )
+    x = model.encoder(input_ids, mask, key=key)
+    chosen = jnp.take_along_axis(x, jnp.asarray(positions)[..., None], axis=1)
+    return model.head(chosen, model.encoder.words)
 
 
 asked_logits = jax.jit(masked_logits)
@@ -2566,27 +2527,18 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
     >>> [f"{operations(bert, L):.1e}" for L in (128, 512, 1024, 4096)]
     ['7.9e+10', '3.4e+11', '7.2e+11', '4.1e+12']
     """
-    d, wide, by_length = (
-        config.hidden_size,
-        config.intermediate_size,
-        "toeplitz" if L <= LONGEST_MATRIX else "blocks",
-    )
-    weights = (
-        3 * d * wide + 4 * d * d
-        if config.block == "gated"
-        else 4 * d * d + 2 * d * wide
-    )
-    way = (
-        by_length
-        if convolution == "auto"
-        else replace(config, convolution=convolution).convolution
-    )
-    route = {
-        "ssm": 2 * d * convolution_operations(way, L, config.num_ssm),
-        "attention": 4 * L * L * d,
-        "none": 0,
-    }
-    return float(config.num_hidden_layers * (2 * weights * L + route[config.routing]))
+    d = config.hidden_size
+    wide = config.intermediate_size
+    gated = 3 * d * wide + 4 * d * d
+    stacked = 4 * d * d + 2 * d * wide
+    weights = gated if config.block == "gated" else stacked
+    routing = 0.0
+    if config.routing == "ssm":
+        algorithm = algorithm_for(L, convolution)
+        routing = 2 * d * convolution_operations(algorithm, L, config.num_ssm)
+    if config.routing == "attention":
+        routing = 4.0 * L * L * d
+    return config.num_hidden_layers * (2.0 * weights * L + routing)
 
 
 # %% [markdown]
@@ -3098,9 +3050,7 @@ def fill_mask(
         )
     places = np.flatnonzero(ids[0] == tokenizer.mask_token_id)[None]
     likely = np.asarray(
-        jax.nn.softmax(
-            asked_logits(model, places, ids, rows["attention_mask"] > 0)[:, 0]
-        )
+        jax.nn.softmax(asked_logits(model, places, ids, rows["attention_mask"] > 0)[0])
     )
     return [
         [
@@ -3593,10 +3543,10 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
 
 
 # %%
-def asked_of(L: int) -> int:
+def masked_of(L: int) -> int:
     """How many of a row's L tokens are asked.
 
-    >>> asked_of(128), asked_of(4096)
+    >>> masked_of(128), masked_of(4096)
     (19, 614)
     """
     return max(1, round(0.15 * L))
@@ -3674,7 +3624,7 @@ def mask_tokens(
     True
     """
     tokens = rows.tokens[numbers]
-    count = asked_of(tokens.shape[1])
+    count = masked_of(tokens.shape[1])
     scores = luck[:, 0] + np.isin(tokens, rows.special_ids)
     positions = np.sort(np.argpartition(scores, count, axis=1)[:, :count], axis=1)
     original = np.take_along_axis(tokens, positions, 1)
@@ -3864,21 +3814,22 @@ def describe_batch():
 
 # %%
 def masked_loss(
-    logits: Float[AnyArray, "P batch V"], labels: Int[AnyArray, "batch P"]
+    logits: Float[AnyArray, "batch P V"], labels: Int[AnyArray, "batch P"]
 ) -> Float[Array, ""]:
     """Equation (10), in nats a masked token; label 0 is not counted.
 
     A model that knows nothing pays log V for each word:
 
-    >>> loss = masked_loss(jnp.zeros((3, 2, 50)), jnp.array([[7, 9, 0], [4, 0, 0]]))
+    >>> loss = masked_loss(jnp.zeros((2, 3, 50)), jnp.array([[7, 9, 0], [4, 0, 0]]))
     >>> bool(jnp.allclose(loss, jnp.log(50)))
     True
     """
-    wanted = jnp.asarray(labels).T
+    labels = jnp.asarray(labels)
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), wanted
+        logits.astype(jnp.float32), labels
     )
-    return (losses * (wanted > 0)).sum() / jnp.maximum((wanted > 0).sum(), 1)
+    counted = labels > 0
+    return (losses * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
 # %% [markdown]
@@ -3886,28 +3837,32 @@ def masked_loss(
 
 
 # %%
+def words_of(batch: Batch) -> Bool[Array, "batch L"]:
+    """True at the words of a batch, false at its padding.
+
+    >>> batch = Batch(jnp.ones((2, 3), int), None, None, lengths=jnp.array([3, 1]))
+    >>> words_of(batch).tolist()
+    [[True, True, True], [True, False, False]]
+    """
+    rows, L = batch.input_ids.shape
+    if batch.lengths is None:
+        return jnp.ones((rows, L), bool)
+    return jnp.arange(L) < jnp.asarray(batch.lengths)[:, None]
+
+
 def batch_loss(
-    model: BiGS, batch: Batch, key: jax.Array | None = None, remat: bool = False
+    model: BiGS, batch: Batch, key: jax.Array | None = None
 ) -> Float[Array, ""]:
     """Equation (10) on one batch; with a key, under dropout.
 
-    >>> batch = Batch(
-    ...     jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]])
-    ... )
+    >>> positions = jnp.array([[1], [3]])
+    >>> batch = Batch(jnp.ones((2, 5), int), positions, jnp.array([[7], [9]]))
     >>> loss = batch_loss(BiGS(Config(50, 8, 1, 24, num_ssm=4)), batch)
     >>> bool(abs(loss - jnp.log(50)) < 0.5)  # an untrained model knows next to nothing
     True
     """
-    rows, L = batch.input_ids.shape
-    lengths = jnp.full(rows, L) if batch.lengths is None else jnp.asarray(batch.lengths)
-    logits = masked_logits(
-        model,
-        batch.positions,
-        batch.input_ids,
-        jnp.arange(L) < lengths[:, None],
-        key=key,
-        remat=remat,
-    )
+    mask = words_of(batch)
+    logits = masked_logits(model, batch.positions, batch.input_ids, mask, key)
     return masked_loss(logits, batch.labels)
 
 
@@ -4099,36 +4054,38 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
     With zero gradients only decay acts, and only on what it may touch:
 
-    >>> tx = make_optimizer(
-    ...     Recipe(warmup=0.0, learning_rate=1.0, weight_decay=0.5, ssm_decay=False)
+    >>> recipe = Recipe(
+    ...     warmup=0.0, learning_rate=1.0, weight_decay=0.5, ssm_decay=False
     ... )
-    >>> params = {
-    ...     "kernel": jnp.ones(1),
-    ...     "bias": jnp.ones(1),
-    ...     "forward": {"A_re": jnp.ones(1)},
-    ... }
+    >>> one = jnp.ones(1)
+    >>> params = {"kernel": one, "bias": one, "forward": {"A_re": one}}
+    >>> nothing = jax.tree.map(jnp.zeros_like, params)
+    >>> tx = make_optimizer(recipe)
     >>> state = tx.init(params)
-    >>> for _ in range(2):
-    ...     updates, state = tx.update(
-    ...         jax.tree.map(jnp.zeros_like, params), state, params
-    ...     )
+    >>> _, state = tx.update(nothing, state, params)  # the rate is still zero
+    >>> updates, _ = tx.update(nothing, state, params)
     >>> jax.tree.map(lambda u: round(abs(u.item()), 2), updates)
     {'bias': 0.0, 'forward': {'A_re': 0.0}, 'kernel': 0.5}
     """
 
     def decayed(tree):
         return jax.tree_util.tree_map_with_path(
-            lambda p, _: is_decayed(p, recipe.ssm_decay), tree
+            lambda path, _: is_decayed(path, recipe.ssm_decay), tree
         )
 
-    def ssm(tree):
-        return jax.tree_util.tree_map_with_path(lambda p, _: is_ssm(p), tree)
+    def ssms(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_ssm(path), tree)
 
     return optax.chain(
-        optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-6),
-        optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(schedule(recipe)),
-        optax.masked(optax.scale(recipe.ssm_rate), ssm),
+        optax.adamw(
+            schedule(recipe),
+            b1=0.9,
+            b2=0.98,
+            eps=1e-6,
+            weight_decay=recipe.weight_decay,
+            mask=decayed,
+        ),
+        optax.masked(optax.scale(recipe.ssm_rate), ssms),
     )
 
 
@@ -4234,70 +4191,60 @@ def fresh_state(config: Config, recipe: Recipe, start: BiGS | None = None) -> St
 
 # %%
 def batch_gradient(
-    model: BiGS, batch: Batch, key: jax.Array, recipe: Recipe
+    model: BiGS, batch: Batch, key: jax.Array, parts: int = 1, loss=batch_loss
 ) -> tuple[Float[Array, ""], BiGS]:
-    """Equation (10) and its gradient, by parts if the recipe accumulates.
+    """Equation (10) and its gradient, computed in so many parts of the batch.
 
-    >>> model, key = (
-    ...     BiGS(Config(50, 8, 1, 24, num_ssm=4, hidden_dropout_prob=0.0)),
-    ...     jax.random.key(0),
-    ... )
-    >>> batch = batch_at(
-    ...     Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0
-    ... )
-    >>> whole, parts = (
-    ...     batch_gradient(model, batch, key, Recipe(batch=4, accumulate=k))
-    ...     for k in (1, 2)
-    ... )
-    >>> all(
-    ...     np.allclose(a, b, atol=1e-6)
-    ...     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts))
-    ... )
+    >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4, hidden_dropout_prob=0.0))
+    >>> rows = Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3))
+    >>> batch = batch_at(rows, 4, 0, 0)
+    >>> whole = batch_gradient(model, batch, jax.random.key(0))
+    >>> halves = batch_gradient(model, batch, jax.random.key(0), parts=2)
+    >>> same = jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), whole, halves)
+    >>> all(jax.tree.leaves(same))
     True
     """
-    gradient = jax.value_and_grad(batch_loss)
-    if (k := recipe.accumulate) == 1:
-        return gradient(model, batch, key, recipe.remat)
-    asked = jnp.maximum((batch.labels > 0).sum(), 1)
+    gradient = jax.value_and_grad(loss)
+    if parts == 1:
+        return gradient(model, batch, key)
+    counted = jnp.maximum((batch.labels > 0).sum(), 1)
 
-    def add(total, part):
-        number, rows = part
-        share = (rows.labels > 0).sum() / asked
-        found = gradient(model, rows, jax.random.fold_in(key, number), recipe.remat)
+    def add(total, numbered):
+        number, part = numbered
+        share = (part.labels > 0).sum() / counted
+        found = gradient(model, part, jax.random.fold_in(key, number))
         return jax.tree.map(lambda t, f: t + share * f, total, found), None
 
-    parts = jax.tree.map(
-        lambda a: jnp.swapaxes(jnp.reshape(a, (-1, k, *a.shape[1:])), 0, 1), batch
-    )
-    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
-    return jax.lax.scan(add, zero, (jnp.arange(k), parts))[0]
+    def divided(array):  # every so-many-th row to one part
+        return jnp.swapaxes(array.reshape(-1, parts, *array.shape[1:]), 0, 1)
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    numbered = (jnp.arange(parts), jax.tree.map(divided, batch))
+    total, _ = jax.lax.scan(add, zero, numbered)
+    return total
 
 
 # %% [markdown]
 # The step is a function from a state and a batch to the next state. Dropout's randomness comes from the seed
 # and the step, so a step repeated is a step identical. With `dtype="bfloat16"` products run in bfloat16, while
-# parameters, moments, kernels, normalization statistics and the loss stay in float32. For large models `remat`
-# recomputes each layer in the backward pass instead of storing what it produced.
+# parameters, moments, kernels, normalization statistics and the loss stay in float32. The loss is an argument, so
+# that the [fast one](#the-same-step-fast) can take its place.
 
 
 # %%
 def make_step(
-    recipe: Recipe,
+    recipe: Recipe, loss: Callable = batch_loss
 ) -> Callable[[State, Batch], tuple[State, Float[Array, ""]]]:
     """The compiled training step; the state that goes in is used up.
 
     One batch can be learned by heart:
 
     >>> recipe = Recipe(steps=60, batch=2, length=16, learning_rate=0.02, warmup=0.1)
-    >>> state, step = (
-    ...     fresh_state(Config(40, 16, 1, 48, num_ssm=4), recipe),
-    ...     make_step(recipe),
-    ... )
-    >>> batch = Batch(
-    ...     jnp.arange(32).reshape(2, 16),
-    ...     jnp.array([[3, 5], [2, 9]]),
-    ...     jnp.array([[7, 9], [11, 13]]),
-    ... )
+    >>> state = fresh_state(Config(40, 16, 1, 48, num_ssm=4), recipe)
+    >>> step = make_step(recipe)
+    >>> positions = jnp.array([[3, 5], [2, 9]])
+    >>> labels = jnp.array([[7, 9], [11, 13]])
+    >>> batch = Batch(jnp.arange(32).reshape(2, 16), positions, labels)
     >>> for _ in range(60):
     ...     state, loss = step(state, batch)
     >>> bool(loss < 0.1)
@@ -4307,11 +4254,12 @@ def make_step(
 
     def step(state: State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        value, gradient = batch_gradient(state.model, batch, key, recipe)
-        updates, moments = optimizer.update(gradient, state.moments, state.model)
-        state = State(
-            state.step + 1, optax.apply_updates(state.model, updates), moments
+        value, gradient = batch_gradient(
+            state.model, batch, key, recipe.accumulate, loss
         )
+        updates, moments = optimizer.update(gradient, state.moments, state.model)
+        model = optax.apply_updates(state.model, updates)
+        state = State(state.step + 1, model, moments)
         if recipe.shard:  # what was split stays split
             state = jax.lax.with_sharding_constraint(state, places(state, True))
         return state, value
@@ -4351,15 +4299,310 @@ def on_devices(batch: Batch, size: int) -> Batch:
 
 
 # %% [markdown]
-# ### How close to the hardware?
+# ### The same step, fast
 #
-# A step cannot be faster than its matrix products. [The appendix](#appendix-b-how-close-to-the-hardware) runs those
-# products alone, in the same shapes, and prints how many times longer the whole step takes. Three decisions bring the
-# step near that bound on a CPU. Arrays are time first and seen as matrices, so that all dense layers and both
-# convolutions are plain products, without transposing anything. Layers are written out when they are few. And
-# memory is kept between steps (`keep_memory`).
+# Everything so far is written to be read. This section gives the same loss, over the same modules, as a computer likes
+# to compute it; [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. Nothing after it
+# depends on how it works, and a test holds value and gradient equal for every kind of layer.
 #
-# So a step is one program wherever it runs. On one device and on eight simulated ones it gives the same parameters
+# Arrays are *time first*, $(L, \text{batch}, d)$. On a CPU that is a matrix with one row a token, which dense layers
+# want, and also one with $\text{batch} \cdot d$ columns, which the convolution wants, and neither costs a transposition.
+# A TPU keeps arrays in tiles of 8 by 128, where merging two axes can mean copying everything, so there the axes stay.
+# `jax.lax.platform_dependent` leaves the choice to the moment of compiling.
+
+
+# %% tags=["appendix"]
+def dense(W: nnx.Linear, x: Float[AnyArray, "L batch d"]) -> Float[Array, "L batch e"]:
+    """W(x); on a CPU as the product of a (tokens, channels) matrix.
+
+    >>> W = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    >>> x = jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3)
+    >>> bool(jnp.allclose(dense(W, x), W(x), atol=1e-6))
+    True
+    """
+
+    def merged(x):
+        return W(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(jnp.asarray(x), cpu=merged, default=W)
+
+
+# %% [markdown]
+# The states of few blocks are carried by a product. Seen from a distance the recurrence of (8) is (7) once more, one
+# pole at a time, with blocks for tokens: a product with a triangular matrix, small enough to ignore.
+
+
+# %% tags=["appendix"]
+def carry_by_matrix(
+    written: Float[AnyArray, "*batch blocks twoN d"],
+    rate: Complex[AnyArray, " N"],
+    past: bool,
+) -> Float[Array, "*batch blocks twoN d"]:
+    """What `carry_states` gives, as one product of matrices.
+
+    >>> halve = np.log(np.array([0.5 + 0j]))
+    >>> carry_by_matrix(jnp.ones((4, 2, 1)), halve, past=True)[:, 0, 0].tolist()
+    [0.0, 1.0, 1.5, 1.75]
+    """
+    *batch, blocks, _, d = written.shape
+    w = jnp.asarray(written).reshape(*batch, blocks, 2, len(rate), d)
+    place = jnp.arange(blocks) if past else -jnp.arange(blocks)
+    gap = place[:, None] - place - 1
+    fade = jnp.exp(rate[:, None, None] * jnp.maximum(gap, 0))
+    fade = jnp.where(gap >= 0, fade, 0)
+    turn = jnp.stack(
+        [jnp.stack([fade.real, -fade.imag]), jnp.stack([fade.imag, fade.real])]
+    )
+    h = jnp.einsum("oinkj,...jind->...kond", turn.astype(w.dtype), w)
+    return h.reshape(written.shape)
+
+
+def fast_convolve(
+    u: Float[AnyArray, "*batch L d"], ssm: DiagonalSSM, past: bool, algorithm: str
+) -> Float[Array, "*batch L d"]:
+    """`convolve`, with few blocks carried by a matrix.
+
+    >>> ssm = SSM(64, "lin", nnx.Rngs(1)).diagonal()
+    >>> u = jnp.cos(jnp.arange(600.0))[:, None]
+    >>> fast = fast_convolve(u, ssm, True, "blocks")
+    >>> bool(jnp.allclose(fast, convolve(u, ssm, True, "blocks"), atol=1e-3))
+    True
+    """
+    L = u.shape[-2]
+    few = -(-L // 256) <= FEW_BLOCKS
+    if few and algorithm_for(L, algorithm) == "blocks":
+        return convolve_blocks(u, ssm, 256, past, carry_by_matrix)
+    return convolve(u, ssm, past, algorithm)
+
+
+def along(
+    side: Direction | NoRouting,
+    u: Float[AnyArray, "L batch d"],
+    mask: Bool[AnyArray, "L batch"],
+) -> Float[Array, "L batch d"]:
+    """A direction of a layer, time first.
+
+    >>> side = Direction(Config(num_ssm=8), True, nnx.Rngs(0))
+    >>> u = jnp.sin(jnp.arange(24.0)).reshape(4, 2, 3)
+    >>> mask = jnp.ones((4, 2), bool)
+    >>> plain = side(jnp.swapaxes(u, 0, 1), mask.T)
+    >>> bool(jnp.allclose(along(side, u, mask), jnp.swapaxes(plain, 0, 1), atol=1e-5))
+    True
+    """
+    if isinstance(side, NoRouting):
+        return u
+    if side.config.mask_padding:
+        u = jnp.where(mask[..., None], u, 0)
+
+    def alone(u, ssm):
+        return fast_convolve(u, ssm, side.past, side.config.convolution)
+
+    def merged(u, ssm):
+        return alone(u.reshape(len(u), -1), ssm).reshape(u.shape)
+
+    each = jax.vmap(alone, (1, None), 1)
+    return jax.lax.platform_dependent(u, side.diagonal(), cpu=merged, default=each)
+
+
+# %% [markdown]
+# A layer falls into two halves. In the first, tokens meet; in the second each is worked on alone. In the last layer
+# of a pretraining step the second half is needed at the masked positions only.
+
+
+# %% tags=["appendix"]
+@functools.singledispatch
+def mix_tokens(layer: nnx.Module, x, mask) -> tuple[Array, ...]:
+    """The first half of a layer, time first: all that `mix_channels` needs, each array
+    of (L, batch, channels).
+    """
+    raise TypeError(f"no fast form for {type(layer).__name__}")
+
+
+@functools.singledispatch
+def mix_channels(layer: nnx.Module, *gathered) -> Float[Array, "_ batch d"]:
+    """The second half of a layer, on each token alone, so at any choice of tokens."""
+    raise TypeError(f"no fast form for {type(layer).__name__}")
+
+
+@mix_tokens.register
+def _(layer: GatedLayer, x, mask):
+    h = layer.norm(x) if layer.config.pre_norm else x
+    past = along(layer.forward, gelu(dense(layer.W_f, h)), mask)
+    future = along(layer.backward, gelu(dense(layer.W_b, h)), mask)
+    return x, h, past, future
+
+
+@mix_channels.register
+def _(layer: GatedLayer, x, h, past, future):
+    V = gelu(dense(layer.W_v, h))
+    U1 = dense(layer.W_u1, past)
+    U2 = dense(layer.W_u2, future)
+    U = gelu(dense(layer.W_u, U1 * U2))
+    y = x + dense(layer.W_o, U * V)
+    return y if layer.config.pre_norm else layer.norm(y)
+
+
+def attend_time_first(layer, q, k, v, mask):
+    """`attend` for arrays of (L, batch, d) and a mask of (L, batch)."""
+    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    y = attend(q, k, v, mask.T, layer.config.num_attention_heads)
+    return jnp.swapaxes(y, 0, 1)
+
+
+@mix_tokens.register
+def _(layer: GatedAttentionLayer, x, mask):
+    h = layer.norm(x) if layer.config.pre_norm else x
+    q = dense(layer.W_f, h)
+    k = dense(layer.W_b, h)
+    v = dense(layer.W_u1, h)
+    return x, h, attend_time_first(layer, q, k, v, mask)
+
+
+@mix_channels.register
+def _(layer: GatedAttentionLayer, x, h, gathered):
+    V = gelu(dense(layer.W_v, h))
+    U = gelu(dense(layer.W_u, dense(layer.W_u2, gathered)))
+    y = x + dense(layer.W_o, U * V)
+    return y if layer.config.pre_norm else layer.norm(y)
+
+
+@mix_tokens.register
+def _(layer: StackLayer, x, mask):
+    h = layer.norm1(x) if layer.config.pre_norm else x
+    past = dense(layer.W_k, along(layer.forward, dense(layer.W_q, h), mask))
+    return x, along(layer.backward, dense(layer.W_v, past), mask)
+
+
+@mix_tokens.register
+def _(layer: StackAttentionLayer, x, mask):
+    h = layer.norm1(x) if layer.config.pre_norm else x
+    q = dense(layer.W_q, h)
+    k = dense(layer.W_k, h)
+    v = dense(layer.W_v, h)
+    return x, attend_time_first(layer, q, k, v, mask)
+
+
+@mix_channels.register
+def _(layer: StackLayer, x, gathered):
+    def feed(h):
+        return dense(layer.W_out, gelu_exact(dense(layer.W_in, h)))
+
+    x = x + dense(layer.W_o, gathered)
+    if layer.config.pre_norm:
+        return x + feed(layer.norm2(x))
+    x = layer.norm1(x)
+    return layer.norm2(x + feed(x))
+
+
+# %% [markdown]
+# A few layers on a CPU are written out instead of scanned, which lets the compiler reuse memory across them. Their
+# arrays are cut apart by `jnp.split`, whose gradient puts the layers' gradients together again; the gradient of an
+# index would be, for every layer, an array for all layers with zeros for the others. `remat` recomputes each layer in
+# the backward pass instead of storing what it produced, for large models.
+
+
+# %% tags=["appendix"]
+def unrolled(layers: int) -> bool:
+    """Whether to write each layer out for the compiler: up to eight, on a CPU.
+
+    >>> unrolled(23)
+    False
+    """
+    return layers <= 8 and jax.default_backend() == "cpu"
+
+
+def one_by_one(layers: nnx.Module, count: int) -> list[nnx.Module]:
+    """The layers of an encoder, which keeps them as one whose arrays have one more axis.
+
+    >>> encoder = Encoder(Config(50, 8, 3, 24, num_ssm=4), nnx.Rngs(0))
+    >>> len(one_by_one(encoder.layers, 3))
+    3
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    pieces = [jnp.split(leaf, count) for leaf in leaves]
+    return [
+        tree.unflatten([piece[number][0] for piece in pieces])
+        for number in range(count)
+    ]
+
+
+def encode_at(
+    encoder: Encoder,
+    input_ids: Int[AnyArray, "batch L"],
+    mask: Bool[AnyArray, "batch L"],
+    token_type_ids: Int[AnyArray, "batch L"] | None = None,
+    key: jax.Array | None = None,
+    positions: Int[AnyArray, "batch P"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "batch P d"]:
+    """What the encoder gives, at some positions of each text or, without any, at all.
+
+    >>> encoder = Encoder(Config(50, 8, 2, 24, num_ssm=4), nnx.Rngs(0))
+    >>> ids = jnp.arange(10).reshape(2, 5)
+    >>> mask = jnp.ones((2, 5), bool)
+    >>> bool(jnp.allclose(encode_at(encoder, ids, mask), encoder(ids, mask), atol=1e-5))
+    True
+    """
+    x = jnp.swapaxes(encoder.embed(input_ids, token_type_ids, key), 0, 1)
+    mask = jnp.asarray(mask).T
+
+    def chosen(x):
+        if positions is None:
+            return x
+        return jnp.take_along_axis(x, jnp.asarray(positions).T[..., None], axis=0)
+
+    def apply(x, layer):
+        return mix_channels(layer, *mix_tokens(layer, x, mask)), None
+
+    if remat:
+        apply = jax.checkpoint(apply)
+    count = encoder.config.num_hidden_layers
+    if not unrolled(count):
+        x, _ = jax.lax.scan(apply, x, encoder.layers)
+        return jnp.swapaxes(chosen(x), 0, 1)
+    *earlier, last = one_by_one(encoder.layers, count)
+    for layer in earlier:
+        x, _ = apply(x, layer)
+    gathered = mix_tokens(last, x, mask)
+    return jnp.swapaxes(mix_channels(last, *map(chosen, gathered)), 0, 1)
+
+
+def fast_loss(
+    model: BiGS, batch: Batch, key: jax.Array | None = None, remat: bool = False
+) -> Float[Array, ""]:
+    """What `batch_loss` gives, faster.
+
+    >>> positions = jnp.array([[1], [3]])
+    >>> batch = Batch(jnp.ones((2, 5), int), positions, jnp.array([[7], [9]]))
+    >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
+    >>> bool(jnp.allclose(fast_loss(model, batch), batch_loss(model, batch), atol=1e-5))
+    True
+    """
+    x = encode_at(
+        model.encoder,
+        batch.input_ids,
+        words_of(batch),
+        key=key,
+        positions=batch.positions,
+        remat=remat,
+    )
+    return masked_loss(model.head(x, model.encoder.words), batch.labels)
+
+
+remat_loss = functools.partial(fast_loss, remat=True)
+
+
+def fast_loss_of(recipe: Recipe) -> Callable:
+    """The fast loss, in little memory if the recipe says so.
+
+    >>> fast_loss_of(Recipe()) is fast_loss
+    True
+    """
+    return remat_loss if recipe.remat else fast_loss
+
+
+# %% [markdown]
+# A step is one program wherever it runs. On one device and on eight simulated ones it gives the same parameters
 # up to rounding, whether they are copied or split, and two processes train the same curve as one;
 # `tests/test_training.py` and `tests/test_recovery.py` show it.
 
@@ -4647,18 +4890,16 @@ def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator
 # only of words that are asked.
 
 # %%
-heldout_loss = jax.jit(batch_loss)
+compiled = functools.cache(jax.jit)  # one program for each function
 
 
-def evaluate(model: BiGS, data: Dataset) -> float:
+def evaluate(model: BiGS, data: Dataset, loss: Callable = batch_loss) -> float:
     """Mean held-out loss, in nats a masked token.
 
-    >>> batch = Batch(
-    ...     jnp.ones((2, 5), int), jnp.array([[1], [3]]), jnp.array([[7], [9]])
-    ... )
-    >>> loss = evaluate(
-    ...     BiGS(Config(50, 8, 1, 24, num_ssm=4)), Dataset(None, None, [batch], "ones")
-    ... )
+    >>> positions = jnp.array([[1], [3]])
+    >>> batch = Batch(jnp.ones((2, 5), int), positions, jnp.array([[7], [9]]))
+    >>> data = Dataset(None, None, [batch], "ones")
+    >>> loss = evaluate(BiGS(Config(50, 8, 1, 24, num_ssm=4)), data)
     >>> abs(loss - float(np.log(50))) < 0.5  # an untrained model knows next to nothing
     True
     """
@@ -4667,7 +4908,7 @@ def evaluate(model: BiGS, data: Dataset) -> float:
         return jax.tree.map(lambda a: a[own_rows(len(a))], batch)
 
     losses = [
-        heldout_loss(model, on_devices(own(batch), len(batch.labels)))
+        compiled(loss)(model, on_devices(own(batch), len(batch.labels)))
         for batch in data.heldout
     ]
     return float(np.mean(jax.device_get(losses)))
@@ -4708,28 +4949,29 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 # %% tags=["appendix"]
 def step_operations(config: Config, recipe: Recipe) -> float:
     """Floating-point operations of a training step: products forward, and twice as many
-    backward. Where the last layer mixes channels at the asked positions alone, the
+    backward. Where the last layer mixes channels at the masked positions alone, the
     others are not counted.
 
-    >>> 3 * operations(tiny, 128) * 8 < step_operations(
-    ...     tiny, RECIPES["demonstration"]
-    ... ) < 6 * operations(tiny, 128) * 8
+    >>> recipe = RECIPES["demonstration"]
+    >>> forward = recipe.batch * operations(tiny, 128)
+    >>> 3 * forward < step_operations(tiny, recipe) < 6 * forward
     True
     """
-    d, places = config.hidden_size, asked_of(recipe.length)
-    each = operations(config, recipe.length, config.convolution) + 2 * places * d * (
-        d + config.vocab_size
-    )
-    left, wide = (
-        unrolled(config.num_hidden_layers) * (recipe.length - places),
-        config.intermediate_size,
-    )
-    channels = (
-        3 * d * wide + (1 + (config.routing != "attention")) * d * d
-        if config.block == "gated"
-        else (d * d + 2 * d * wide)
-    )
-    return 3 * recipe.batch * (each - 2 * left * channels)
+    d = config.hidden_size
+    wide = config.intermediate_size
+    masked = masked_of(recipe.length)
+    head = 2 * masked * d * (d + config.vocab_size)
+    forward = operations(config, recipe.length, config.convolution) + head
+    if unrolled(config.num_hidden_layers):
+        left_out = recipe.length - masked
+        if config.block == "stack":
+            channels = d * d + 2 * d * wide
+        elif config.routing == "attention":
+            channels = d * d + 3 * d * wide
+        else:
+            channels = 2 * d * d + 3 * d * wide
+        forward -= 2 * left_out * channels
+    return 3 * recipe.batch * forward
 
 
 @functools.cache
@@ -4741,12 +4983,15 @@ def product_rate(dtype: str) -> float:
     True
     """
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    product, a, times = jax.jit(jnp.matmul), jnp.ones((n, n), dtype), []
-    for _ in range(9):
+    product = jax.jit(jnp.matmul)
+    a = jnp.ones((n, n), dtype)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(8):
         start = time.perf_counter()
         product(a, a).block_until_ready()
         times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times[1:]) * len(jax.devices())
+    return 2 * n**3 / min(times) * len(jax.devices())
 
 
 # %% [markdown]
@@ -4880,28 +5125,24 @@ def train(
     directory: Path,
     start: BiGS | None,
     stop: Callable[[], bool],
+    loss: Callable,
 ) -> tuple[State, Journal]:
     """The loop of `pretrain`: from the last checkpoint, or from the start, to the last
     step or to `stop`.
     """
     from tqdm import tqdm
 
+    step = make_step(recipe, loss)
+    possible = product_rate(config.dtype) / step_operations(config, recipe)
     with checkpoints(directory, recipe.keep) as manager:
-        state, step = (
-            restore(manager, fresh_state(config, recipe, start)),
-            make_step(recipe),
-        )
-        possible = product_rate(config.dtype) / step_operations(
-            config, recipe
-        )  # steps a second
-        first = saved = int(state.step)
-        journal, losses, clock = (
-            Journal(directory, first or -1),
-            [],
-            time.perf_counter(),
-        )  # no checkpoint: anew
+        state = restore(manager, fresh_state(config, recipe, start))
+        first = int(state.step)
+        saved = first
+        journal = Journal(directory, first or -1)  # without a checkpoint: anew
         if first == 0:
-            journal.record(0, heldout=evaluate(state.model, data))
+            journal.record(0, heldout=evaluate(state.model, data, loss))
+        losses = []
+        clock = time.perf_counter()
         bar = tqdm(
             batches(data.train, recipe, first),
             total=recipe.steps,
@@ -4911,16 +5152,16 @@ def train(
             disable=not journal.writes,
         )
         for number, batch in bar:
-            state, loss = step(state, batch)
-            losses.append(loss)
+            state, value = step(state, batch)
+            losses.append(value)
             leave = stop() or manager.reached_preemption(number)
-            saves = leave or number == recipe.steps or number % recipe.save_every == 0
+            last = number == recipe.steps
+            saves = leave or last or number % recipe.save_every == 0
             if saves or number % recipe.log_every == 0:
-                mean, pace = (
-                    finite_mean(losses, number, directory),
-                    len(losses) / (time.perf_counter() - clock),
-                )
-                speed, share = pace * recipe.batch * recipe.length, pace / possible
+                mean = finite_mean(losses, number, directory)
+                pace = len(losses) / (time.perf_counter() - clock)  # steps a second
+                speed = pace * recipe.batch * recipe.length
+                share = pace / possible
                 journal.record(
                     number,
                     loss=mean,
@@ -4930,9 +5171,10 @@ def train(
                 bar.set_postfix_str(
                     f"loss {mean:.3f}, {speed:,.0f} tokens/s, {share:.0%} of products"
                 )
-                losses, clock = [], time.perf_counter()
-            if number == recipe.steps or number % recipe.evaluate_every == 0:
-                journal.record(number, heldout=evaluate(state.model, data))
+                losses = []
+                clock = time.perf_counter()
+            if last or number % recipe.evaluate_every == 0:
+                journal.record(number, heldout=evaluate(state.model, data, loss))
             if saves:
                 saved = save(manager, state, saved)
             if leave:
@@ -4979,6 +5221,7 @@ def pretrain(
     resume: bool = False,
     start: BiGS | None = None,
     stop: Callable[[], bool] = lambda: False,
+    loss: Callable = batch_loss,
 ) -> Run:
     """Pretrain into a folder: run.json, checkpoints, log.jsonl, and the finished model
     in the published format.
@@ -5008,7 +5251,7 @@ def pretrain(
         if jax.process_index() == 0 and not (directory / "tokenizer.json").exists():
             with write_folder_whole(directory) as part:
                 data.tokenizer.save_pretrained(part)
-        state, journal = train(config, recipe, data, directory, start, stop)
+        state, journal = train(config, recipe, data, directory, start, stop, loss)
         if int(state.step) == recipe.steps:
             export(state.model, directory, data.tokenizer)
     return Run(state.model, journal.history)
@@ -5017,7 +5260,8 @@ def pretrain(
 # %% [markdown]
 # ### Live
 #
-# Now for real, if small: the `tiny` model on the embedded English, with the recipe `demonstration`. The first
+# Now for real, if small: the `tiny` model on the embedded English, with the recipe `demonstration` and the
+# [fast loss](#the-same-step-fast). The first
 # evaluation should be close to the logarithm of 8192, `9.0 < np.log(8192) < 9.02`, because a fresh model
 # knows nothing.
 
@@ -5036,7 +5280,8 @@ def tiny_run() -> Run:
     import shutil
 
     shutil.rmtree(RUNS / "tiny", ignore_errors=True)
-    return pretrain(tiny, RECIPES["demonstration"], tiny_dataset(), RUNS / "tiny")
+    recipe = RECIPES["demonstration"]
+    return pretrain(tiny, recipe, tiny_dataset(), RUNS / "tiny", loss=fast_loss)
 
 
 def fresh_tiny() -> BiGS:
@@ -5441,29 +5686,25 @@ def classifier_on(model: BiGS, sample: Examples, seed: int, outputs: int = 2) ->
     """The model's encoder under a new classifier; a new pooler is scaled to the
     features of a sample.
 
-    >>> sample = Examples(
-    ...     *np.ones((2, 2, 3), np.int32), np.array([3, 2]), np.array([0, 1])
-    ... )
-    >>> classifier_on(
-    ...     BiGS(Config(9, 8, 1, 24, num_ssm=4)), sample, 0, 3
-    ... ).config.num_labels
+    >>> ids = np.ones((2, 3), np.int32)
+    >>> sample = Examples(ids, 0 * ids, np.array([3, 2]), np.array([0, 1]))
+    >>> model = BiGS(Config(9, 8, 1, 24, num_ssm=4))
+    >>> classifier_on(model, sample, 0, 3).config.num_labels
     3
     """
-    fresh = BiGS(
-        replace(model.config, num_labels=outputs), "sequence_classification", seed
-    )
-    kept = {"encoder"} | ({"pooler"} if model.task == fresh.task else set())
+    config = replace(model.config, num_labels=outputs)
+    fresh = BiGS(config, "sequence_classification", seed)
+    keeps_pooler = model.task == fresh.task
+    kept = {"encoder", "pooler"} if keeps_pooler else {"encoder"}
     values = {
         path: leaf for path, leaf in named_parameters(model) if kept & set(path[:2])
     }
-    if "pooler" not in kept:
-        ids, mask, types = cut(
-            sample, np.arange(len(sample.labels)), sample.input_ids.shape[1]
-        )
-        features = pool(model.encoder(ids, mask, types), mask, model.config.pooler_type)
-        values["head", "pooler", "kernel"] = (
-            fresh.head.pooler.kernel[...] / features.std()
-        )
+    if not keeps_pooler:
+        everyone = np.arange(len(sample.labels))
+        ids, mask, types = cut(sample, everyone, sample.input_ids.shape[1])
+        features = pool(model.encoder(ids, mask, types), mask, config.pooler_type)
+        kernel = fresh.head.pooler.kernel[...]
+        values["head", "pooler", "kernel"] = kernel / features.std()
     return with_parameters(fresh, values)
 
 
@@ -5553,7 +5794,7 @@ def tuning_step(model, moments, inputs, labels, key, rate, decay, frozen):
     """
 
     def loss(model):
-        outputs = model(*inputs, key=key)
+        outputs = model(*inputs, key=key, encode=encode_at)
         if outputs.shape[1] == 1:
             return jnp.square(outputs[:, 0] - labels).mean()
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
@@ -5695,7 +5936,8 @@ def predict(
         chosen = order[start : start + batch]
         full = np.pad(chosen, (0, batch - len(chosen)), mode="edge")
         L = shape_of(examples.lengths[chosen], most)
-        outputs[chosen] = np.asarray(model(*cut(examples, full, L)))[: len(chosen)]
+        answers = model(*cut(examples, full, L), encode=encode_at)
+        outputs[chosen] = np.asarray(answers)[: len(chosen)]
     return outputs
 
 
@@ -8375,23 +8617,16 @@ def layer_program(what: str, config: Config) -> Callable:
         return jnp.ones(x.shape[:2], bool)
 
     def forward(layer, x):
-        return layer(x, everywhere(x))
+        return mix_channels(layer, *mix_tokens(layer, x, everywhere(x)))
 
     def score(layer, x):
         return (forward(layer, x).astype(jnp.float32) ** 2).mean()
 
     return {
-        "convolution, forward": lambda layer, x: route_ssm(
-            x, layer.forward, True, config.convolution
-        ),
+        "convolution, forward": lambda layer, x: along(layer.forward, x, everywhere(x)),
         "layer, forward": forward,
         "layer, training": jax.grad(score, (0, 1)),
     }[what]
-
-
-def one_layer(config: Config) -> GatedLayer | StackLayer:
-    """One fresh layer of a model."""
-    return LAYERS[config.block](config, nnx.Rngs(0))
 
 
 # %% [markdown]
@@ -8450,7 +8685,10 @@ def compiled_program(what: str, config: Config, L: int, batch: int) -> Program:
         x = jax.random.normal(
             jax.random.key(0), (L, batch, config.hidden_size), config.dtype
         )
-        function, inputs = jax.jit(layer_program(what, config)), [one_layer(config), x]
+        function, inputs = (
+            jax.jit(layer_program(what, config)),
+            [one_layer(config, nnx.Rngs(0)), x],
+        )
     start = time.perf_counter()
     compiled = function.lower(*inputs).compile()
     seconds = time.perf_counter() - start
@@ -8673,7 +8911,7 @@ def product_shapes(
         config.hidden_size,
         config.intermediate_size,
         batch * L,
-        batch * asked_of(L),
+        batch * masked_of(L),
     )
     layers, last = config.num_hidden_layers, int(unrolled(config.num_hidden_layers))
     shapes = [(2 * layers, L, L, batch * d), (2 * last, tokens, d, d)]
@@ -8768,53 +9006,39 @@ def loss_by(
     ours.
 
     >>> model = BiGS(Config(50, 8, 1, 24, num_ssm=4))
-    >>> batch = batch_at(
-    ...     Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3)), 4, 0, 0
-    ... )
+    >>> rows = Rows(np.arange(5, 45).reshape(4, 10), 50, 4, (0, 2, 3))
+    >>> batch = batch_at(rows, 4, 0, 0)
     >>> bool(jnp.allclose(loss_by(WAYS, model, batch, None), batch_loss(model, batch)))
     True
     """
     rows, L = batch.input_ids.shape
-    positions, labels = batch.positions, jnp.asarray(batch.labels)
+    positions = batch.positions
+    labels = jnp.asarray(batch.labels)
     if "logits everywhere" in ways:
-        positions, labels = (
-            None,
-            jnp.zeros((rows, L), int)
-            .at[jnp.arange(rows)[:, None], positions]
-            .max(labels),
-        )
-    x = model.encoder(
-        batch.input_ids, jnp.ones((rows, L), bool), key=key, positions=positions
-    )
+        everywhere = jnp.zeros((rows, L), int)
+        labels = everywhere.at[jnp.arange(rows)[:, None], positions].max(labels)
+        positions = None
+    mask = jnp.ones((rows, L), bool)
+    x = encode_at(model.encoder, batch.input_ids, mask, None, key, positions)
     logits = model.head(x, model.encoder.words).astype(jnp.float32)
     if "one-hot cross-entropy" not in ways:
         return masked_loss(logits, labels)
-    losses = -(
-        jax.nn.one_hot(labels.T, logits.shape[-1]) * jax.nn.log_softmax(logits)
-    ).sum(-1)
-    return (losses * (labels.T > 0)).sum() / (labels > 0).sum()
+    wanted = jax.nn.one_hot(labels, logits.shape[-1])
+    losses = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
+    counted = labels > 0
+    return (losses * counted).sum() / counted.sum()
 
 
 def step_by(ways: Iterable[str], recipe: Recipe) -> Callable:
     """The training step with these of the published ways."""
     from unittest import mock
 
-    optimizer = make_optimizer(recipe)
+    def loss(model, batch, key):
+        way = nnx.Linear.__call__ if "3-D dense layers" in ways else dense
+        with mock.patch.dict(globals(), dense=way):  # while it is traced
+            return loss_by(ways, model, batch, key)
 
-    def step(state: State, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        dense = nnx.Linear.__call__ if "3-D dense layers" in ways else Dense.__call__
-        with mock.patch.object(Dense, "__call__", dense):  # while it is traced
-            value, gradient = jax.value_and_grad(functools.partial(loss_by, ways))(
-                state.model, batch, key
-            )
-        updates, moments = optimizer.update(gradient, state.moments, state.model)
-        return (
-            State(state.step + 1, optax.apply_updates(state.model, updates), moments),
-            value,
-        )
-
-    return jax.jit(step, donate_argnums=0)
+    return make_step(recipe, loss)
 
 
 # %% [markdown]
@@ -8985,7 +9209,7 @@ def layer_on_tpu(chip: str, route: str, L: int, tokens: int = 16384) -> dict[str
     x = place(
         jax.ShapeDtypeStruct((L, max(1, tokens // L), config.hidden_size), jnp.bfloat16)
     )
-    layer = place(jax.eval_shape(lambda: one_layer(config)))
+    layer = place(jax.eval_shape(lambda: one_layer(config, nnx.Rngs(0))))
     compiled = (
         jax.jit(layer_program("layer, training", config)).lower(layer, x).compile()
     )
@@ -9495,7 +9719,8 @@ def command_pretrain(
         replace(config, vocab_size=len(data.tokenizer)), model, plan.length, dtype
     )
     with leaving_on_request() as asked:
-        run = pretrain(config, plan, data, output, resume, start, asked)
+        loss = fast_loss_of(plan)
+        run = pretrain(config, plan, data, output, resume, start, asked, loss)
     last = run.history[-1]
     if last["step"] < plan.steps:
         print(

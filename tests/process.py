@@ -35,8 +35,8 @@ def fill_the_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
-def make_step(recipe):
-    step = make(recipe)
+def make_step(recipe, loss):
+    step = make(recipe, loss)
 
     def once(state, batch):
         global number

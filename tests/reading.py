@@ -311,7 +311,7 @@ def check_line_length(document: Document, most: int = 88) -> list[str]:
 # What takes too long for a doctest; tests/ runs each of them.
 TESTED_AT_LENGTH = {
     "embedded_english",
-    "heldout_loss",
+    "compiled",
     "pair_task",
     "pretrain",
     "restore",

@@ -94,7 +94,7 @@ def bert(task, config=CONFIG):
 
 def hidden(config):
     x = bert("masked_lm", config).encoder(INPUTS[0], INPUTS[1] > 0, INPUTS[2])
-    return np.asarray(x).swapaxes(0, 1)
+    return np.asarray(x)
 
 
 def pooled(config):

@@ -350,8 +350,8 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
 def poisoned_after(number, make_step):
     """make_step whose step leaves NaN for parameters after the given number."""
 
-    def make(recipe):
-        step = make_step(recipe)
+    def make(recipe, loss):
+        step = make_step(recipe, loss)
 
         def once(state, batch):
             state, loss = step(state, batch)

@@ -288,8 +288,8 @@ def killed_at(count, make_step):
     """make_step whose step raises instead of being taken for the count-th time."""
     taken = []
 
-    def mortal(recipe):
-        step = make_step(recipe)
+    def mortal(recipe, loss):
+        step = make_step(recipe, loss)
 
         def once(state, batch):
             taken.append(1)
@@ -404,7 +404,7 @@ def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     annotated = bigs.read_log(tmp_path / "annotated-1")
     assert published[0]["heldout"] == annotated[0]["heldout"]  # the same start
 
-    def no_step(recipe):
+    def no_step(recipe, loss):
         return lambda *_: pytest.fail("a finished run takes no step")
 
     monkeypatch.setattr(bigs, "make_step", no_step)
