@@ -26,7 +26,7 @@ test-timing:  ## what measures time, alone
 test-hub:  ## what needs the Hugging Face hub: published models, GLUE, Wikipedia
 	$(PYTHON) -m pytest -m hub
 
-faults:  ## seed forty faults, one at a time: does a test catch each?
+faults:  ## seed faults, one at a time: does a test catch each?
 	$(PYTHON) tests/faults.py
 
 lint:  ## ruff: rules and format

@@ -1,4 +1,4 @@
-"""Forty faults, seeded one at a time into a copy of the project: do the tests catch
+"""Faults, seeded one at a time into a copy of the project: do the tests catch
 them?
 
     python tests/faults.py                    # all of them, some twenty minutes
@@ -64,6 +64,11 @@ BERT_LOGITS = net("logits-stack-attention-float32")
 TRAINING = net("training-gated-ssm-float32")
 PARTS = net("training-in-parts")
 EXACT = "tests/test_net.py::test_batches_and_rates_are_what_they_were"
+FAST = "tests/test_fast.py::test_value_and_gradient_are_those_of_the_plain_form"
+FAST_BLOCKS = (
+    "tests/test_fast.py::"
+    "test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device"
+)
 AUTHORS = "tests/test_published.py::test_outputs_are_the_authors"
 
 ROUGH_NORM = """class Rough(nnx.LayerNorm):
@@ -120,8 +125,8 @@ FAULTS = [
     Fault(
         name="D dropped",
         where="convolve",
-        old="ssm_kernel(ssm, u.shape[-2]).at[0].add(ssm.D)",
-        new="ssm_kernel(ssm, u.shape[-2])",
+        old="ssm_kernel(ssm, L).at[0].add(ssm.D)",
+        new="ssm_kernel(ssm, L)",
         tests=(
             doctest("convolve"),
             AUTHORS,
@@ -131,21 +136,25 @@ FAULTS = [
     Fault(
         name="Fourier transform not padded",
         where="convolve_fft",
-        old="kernel = jnp.fft.rfft(K, 2 * L)[:, None]\n"
+        old="L = u.shape[-2]\n"
+        "    kernel = jnp.fft.rfft(K, 2 * L)[:, None]\n"
+        "    if not past:\n"
+        "        kernel = kernel.conj()\n"
         "    inputs = jnp.fft.rfft(u.astype(jnp.float32), 2 * L, axis=-2)\n"
-        "    outputs = (kernel if past else kernel.conj()) * inputs\n"
-        "    return jnp.fft.irfft(outputs, 2 * L, axis=-2)",
-        new="kernel = jnp.fft.rfft(K, L)[:, None]\n"
+        "    outputs = jnp.fft.irfft(kernel * inputs, 2 * L, axis=-2)",
+        new="L = u.shape[-2]\n"
+        "    kernel = jnp.fft.rfft(K, L)[:, None]\n"
+        "    if not past:\n"
+        "        kernel = kernel.conj()\n"
         "    inputs = jnp.fft.rfft(u.astype(jnp.float32), L, axis=-2)\n"
-        "    outputs = (kernel if past else kernel.conj()) * inputs\n"
-        "    return jnp.fft.irfft(outputs, L, axis=-2)",
+        "    outputs = jnp.fft.irfft(kernel * inputs, L, axis=-2)",
         tests=(doctest("convolve_fft"), AUTHORS, net("logits-gated-ssm-fft")),
     ),
     Fault(
         name="conjugate missing",
         where="convolve_fft",
-        old="kernel.conj()",
-        new="kernel",
+        old="kernel = kernel.conj()",
+        new="kernel = kernel",
         tests=(
             "tests/test_convolution.py::test_jacobian_is_the_triangle",
             net("logits-gated-ssm-fft"),
@@ -165,8 +174,8 @@ FAULTS = [
     Fault(
         name="exponent between blocks",
         where="carry_states",
-        old="* (1 if past else -1) - 1",
-        new="* (1 if past else -1)",
+        old="return (fade * h + w_c, h)",
+        new="return (fade * h + w_c, fade * h + w_c)",
         tests=(
             doctest("carry_states"),
             "tests/test_convolution.py::test_states_are_carried_from_block_to_block",
@@ -176,9 +185,9 @@ FAULTS = [
     # Layers, encoder, heads
     Fault(
         name="backward kernel runs forward",
-        where="GatedLayer.mix_tokens",
-        old="route_ssm(b, self.backward, False, c.convolution)",
-        new="route_ssm(b, self.backward, True, c.convolution)",
+        where="GatedLayer.__init__",
+        old="direction(config, past=False, rngs=rngs)",
+        new="direction(config, past=True, rngs=rngs)",
         tests=(
             "tests/test_model.py::test_a_layer_reads_both_directions_and_each_ssm_its_own",
             GATED_LOGITS,
@@ -186,16 +195,16 @@ FAULTS = [
     ),
     Fault(
         name="residual dropped",
-        where="GatedLayer.mix_channels",
+        where="GatedLayer.__call__",
         old="y = x + self.W_o(",
         new="y = self.W_o(",
         tests=(AUTHORS, GATED_LOGITS),
     ),
     Fault(
         name="normalization before the residual",
-        where="StackLayer.mix_channels",
-        old="self.norm2(x + feed(x))",
-        new="x + self.norm2(feed(x))",
+        where="StackLayer.__call__",
+        old="return self.norm2(x + self.feed(x))",
+        new="return x + self.norm2(self.feed(x))",
         tests=("tests/test_bert.py", BERT_LOGITS),
     ),
     Fault(
@@ -207,16 +216,16 @@ FAULTS = [
     ),
     Fault(
         name="padding is heard backward",
-        where="GatedLayer.mix_tokens",
-        old="f, b = (silence(u, mask, c.mask_padding) for u in (f, b))",
-        new="f = silence(f, mask, c.mask_padding)",
+        where="Direction.__call__",
+        old="if self.config.mask_padding:",
+        new="if self.config.mask_padding and self.past:",
         tests=("tests/test_model.py::test_padding_is_silent", GATED_LOGITS),
     ),
     Fault(
         name="mask on queries instead of keys",
         where="attend",
-        old="mask.T[:, None, None, :]",
-        new="mask.T[:, None, :, None]",
+        old="mask[:, None, None, :]",
+        new="mask[:, None, :, None]",
         tests=(doctest("attend"), "tests/test_bert.py", BERT_LOGITS),
     ),
     Fault(
@@ -240,8 +249,8 @@ FAULTS = [
     Fault(
         name="mean over padding, too",
         where="pool",
-        old="jnp.maximum(weight.sum(0), 1)",
-        new="len(weight)",
+        old="jnp.maximum(weight.sum(1), 1)",
+        new="weight.shape[1]",
         tests=(
             doctest("pool"),
             AUTHORS,
@@ -293,11 +302,11 @@ FAULTS = [
     ),
     Fault(
         name="sixteen of a hundred asked",
-        where="asked_of",
+        where="masked_of",
         old="round(0.15 * L)",
         new="round(0.16 * L)",
         tests=(
-            doctest("asked_of"),
+            doctest("masked_of"),
             "tests/test_training.py::test_masking_statistics",
         ),
     ),
@@ -330,12 +339,41 @@ FAULTS = [
             EXACT,
         ),
     ),
+    # The fast form
+    Fault(
+        name="exponent of the matrix between blocks",
+        where="carry_by_matrix",
+        old="gap = place[:, None] - place - 1",
+        new="gap = place[:, None] - place",
+        tests=(doctest("carry_by_matrix"), FAST_BLOCKS),
+    ),
+    Fault(
+        name="the fast form reads the past twice",
+        where="along",
+        old="fast_convolve(u, ssm, side.past, side.config.convolution)",
+        new="fast_convolve(u, ssm, True, side.config.convolution)",
+        tests=(FAST_BLOCKS, FAST),
+    ),
+    Fault(
+        name="the fast form convolves padding",
+        where="along",
+        old="if side.config.mask_padding:",
+        new="if False:",
+        tests=(FAST,),
+    ),
+    Fault(
+        name="the fast form leaves out a layer",
+        where="encode_at",
+        old="for layer in earlier:",
+        new="for layer in earlier[1:]:",
+        tests=(FAST,),
+    ),
     # Loss, optimizer, training
     Fault(
         name="labels moved by one place",
         where="masked_loss",
-        old="jnp.asarray(labels).T",
-        new="jnp.roll(jnp.asarray(labels), 1, axis=1).T",
+        old="jnp.asarray(labels)",
+        new="jnp.roll(jnp.asarray(labels), 1, axis=1)",
         tests=(
             "tests/test_training.py::test_loss_ignores_what_is_not_asked",
             net("gradient-gated-ssm-float32"),
@@ -344,8 +382,8 @@ FAULTS = [
     Fault(
         name="loss averaged over all places",
         where="masked_loss",
-        old="jnp.maximum((wanted > 0).sum(), 1)",
-        new="wanted.size",
+        old="jnp.maximum(counted.sum(), 1)",
+        new="counted.size",
         tests=(
             doctest("masked_loss"),
             "tests/test_training.py::test_loss_ignores_what_is_not_asked",
@@ -408,8 +446,8 @@ FAULTS = [
     Fault(
         name="parts of a batch weigh the same",
         where="batch_gradient",
-        old="(rows.labels > 0).sum() / asked",
-        new="1 / k",
+        old="(part.labels > 0).sum() / counted",
+        new="1 / parts",
         tests=(PARTS,),
     ),
     Fault(
