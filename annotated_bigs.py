@@ -1481,7 +1481,7 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
     if algorithm == "direct":  # equation (7), term by term
         return 1.0 * L * (L + 1)
     if algorithm == "fft":  # there and back, and the product of the spectra
-        return 2 * 2.5 * 2 * L * np.log2(2 * L) + 6 * (L + 1)
+        return 2 * 2.5 * 2 * L * float(np.log2(2 * L)) + 6 * (L + 1)
     if algorithm == "toeplitz":  # half of it times zeros
         return 2.0 * L * L
     Q = min(Q, L)
@@ -4413,14 +4413,16 @@ def along(
 @functools.singledispatch
 def mix_tokens(layer: nnx.Module, x, mask) -> tuple[Array, ...]:
     """The first half of a layer, time first: all that `mix_channels` needs, each array
-    of (L, batch, channels).
+    of (L, batch, channels); tested in `tests/test_fast.py`.
     """
     raise TypeError(f"no fast form for {type(layer).__name__}")
 
 
 @functools.singledispatch
 def mix_channels(layer: nnx.Module, *gathered) -> Float[Array, "_ batch d"]:
-    """The second half of a layer, on each token alone, so at any choice of tokens."""
+    """The second half of a layer, on each token alone, so at any choice of tokens;
+    tested in `tests/test_fast.py`.
+    """
     raise TypeError(f"no fast form for {type(layer).__name__}")
 
 
@@ -4443,7 +4445,9 @@ def _(layer: GatedLayer, x, h, past, future):
 
 
 def attend_time_first(layer, q, k, v, mask):
-    """`attend` for arrays of (L, batch, d) and a mask of (L, batch)."""
+    """`attend` for arrays of (L, batch, d) and a mask of (L, batch); tested in
+    `tests/test_fast.py`.
+    """
     q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
     y = attend(q, k, v, mask.T, layer.config.num_attention_heads)
     return jnp.swapaxes(y, 0, 1)
@@ -4512,7 +4516,7 @@ def unrolled(layers: int) -> bool:
 
 
 def one_by_one(layers: nnx.Module, count: int) -> list[nnx.Module]:
-    """The layers of an encoder, which keeps them as one whose arrays have one more axis.
+    """The layers of an encoder, which keeps them as one with a further axis.
 
     >>> encoder = Encoder(Config(50, 8, 3, 24, num_ssm=4), nnx.Rngs(0))
     >>> len(one_by_one(encoder.layers, 3))

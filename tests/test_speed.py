@@ -68,7 +68,7 @@ def test_routes_are_what_they_are_called(route):
     x = jax.random.normal(jax.random.key(1), (32, 2, 32))
     got = bigs.layer_program("layer, forward", config)(layer, x)
     plain = layer(x.swapaxes(0, 1), np.ones((2, 32), bool)).swapaxes(0, 1)
-    np.testing.assert_allclose(got, plain, atol=1e-5)
+    np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-5)
     moved = (
         bigs.layer_program("layer, forward", config)(layer, x.at[5, 0].add(1.0)) - got
     )

@@ -130,18 +130,18 @@ def test_schedule_endpoints(name):
 
 
 def test_loss_ignores_what_is_not_asked():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 7)))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7)))
     labels = np.array([[1, 2, 0], [3, 0, 0]])
 
     loss = bigs.masked_loss(logits, labels)
 
     log_p = np.asarray(jax.nn.log_softmax(logits))
-    asked = [log_p[0, 0, 1], log_p[1, 0, 2], log_p[0, 1, 3]]
+    asked = [log_p[0, 0, 1], log_p[0, 1, 2], log_p[1, 0, 3]]
     np.testing.assert_allclose(loss, -np.mean(asked), rtol=1e-6)
 
 
 def test_loss_of_nothing_is_zero():
-    logits = jnp.ones((3, 2, 7))
+    logits = jnp.ones((2, 3, 7))
     assert bigs.masked_loss(logits, np.zeros((2, 3), int)) == 0
 
 
