@@ -100,9 +100,8 @@ if "google.colab" in sys.modules:
 # | $W_v, W_f, W_b, W_{u_1}, W_{u_2}, W_u, W_o$ | dense layers of a BiGS layer | from $d$ or $3d$ channels to $d$ or $3d$ | `W_v` ... `W_o` |
 # | $X,\ V,\ U_1,\ U_2,\ U,\ O$ | input, branches and output of a BiGS layer | $(L, d)$; $V$ and $U$ $(L, 3d)$ | `h`, `U` |
 #
-# One sequence of shape $(L, d)$ comes first. The batch enters in [room 6](#6-gating), and it will enter as
-# more channels, because all channels share one SSM. In the encoder an array is *time first*:
-# $(L, \text{batch}, d)$.
+# One sequence of shape $(L, d)$ comes first. The batch enters in [room 6](#6-gating), as one more axis before these:
+# $(\text{batch}, L, d)$.
 
 # %% [markdown]
 # ## 2. Tools
@@ -4301,9 +4300,10 @@ def on_devices(batch: Batch, size: int) -> Batch:
 # %% [markdown]
 # ### The same step, fast
 #
-# Everything so far is written to be read. This section gives the same loss, over the same modules, as a computer likes
-# to compute it; [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. Nothing after it
-# depends on how it works, and a test holds value and gradient equal for every kind of layer.
+# Everything so far is written to be read. This section computes the same loss, over the same modules, in the way that
+# suits the hardware; [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. You can skip
+# it: what follows passes `fast_loss` and `encode_at` where `batch_loss` and the encoder itself would do, and
+# `tests/test_fast.py` holds values and gradients equal for every kind of layer.
 #
 # Arrays are *time first*, $(L, \text{batch}, d)$. On a CPU that is a matrix with one row a token, which dense layers
 # want, and also one with $\text{batch} \cdot d$ columns, which the convolution wants, and neither costs a transposition.
@@ -4606,7 +4606,7 @@ def fast_loss_of(recipe: Recipe) -> Callable:
 
 
 # %% [markdown]
-# A step is one program wherever it runs. On one device and on eight simulated ones it gives the same parameters
+# Whichever loss it takes, a step is one program wherever it runs. On one device and on eight simulated ones it gives the same parameters
 # up to rounding, whether they are copied or split, and two processes train the same curve as one;
 # `tests/test_training.py` and `tests/test_recovery.py` show it.
 
