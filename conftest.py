@@ -59,7 +59,7 @@ import jax  # noqa: E402, not before these settings
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook("annotated_bigs", "beartype.beartype")
+    install_import_hook(["annotated_bigs", "workshop"], "beartype.beartype")
 
 
 def pytest_addoption(parser):

@@ -18,6 +18,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(small.ROOT / "annotated_bigs.py", folder)
     shutil.copytree(small.ROOT / "data", folder / "data")
+    shutil.copytree(small.ROOT / "workshop", folder / "workshop")
     paragraphs = (
         f"The sum of {number} and {number + 1} is an odd number. It is not even."
         for number in range(900)

@@ -13,7 +13,7 @@ import annotated_bigs as bigs
 
 recipe = replace(small.RECIPE, batch=8)
 state = bigs.fresh_state(replace(small.CONFIG, hidden_dropout_prob=0.0), recipe)
-step = bigs.make_step(recipe)
+step = bigs.make_step(recipe, bigs.fast_loss)
 rows = small.random_rows()
 for number in range(4):
     batch = bigs.on_devices(bigs.batch_at(rows, 8, 0, number), 8)

@@ -7,11 +7,11 @@ them?
     python tests/faults.py --json FILE        # also write what was found to a file
 
 A fault replaces one snippet in the definition of a function, a class or a name of
-annotated_bigs.py. Snippets are written as `ast.unparse` writes code and matched against
-the unparsed definition without its docstring, so formatting and comments do not matter.
-A snippet that is not found exactly once is reported: the program has moved on, and the
-fault has to be rewritten, never dropped. tests/test_faults.py looks at that in every
-run.
+annotated_bigs.py or of a file of workshop/. Snippets are written as `ast.unparse`
+writes code and matched against the unparsed definition without its docstring, so
+formatting and comments do not matter. A snippet that is not found exactly once is
+reported: the program has moved on, and the fault has to be rewritten, never dropped.
+tests/test_faults.py looks at that in every run.
 
 First the tests run on the copy as it is. Then a fault counts as caught if a test fails;
 not if the tests pass, take too long, or cannot even be collected. The status is 0 if
@@ -47,6 +47,7 @@ class Fault:
     old: str
     new: str
     tests: tuple[str, ...]
+    file: str = PROGRAM
 
 
 def doctest(name):
@@ -299,6 +300,7 @@ FAULTS = [
         "                yield document.text",
         new="later.append(document.text)\n            yield document.text",
         tests=("tests/test_corpus.py::test_a_file",),
+        file="workshop/corpora.py",
     ),
     Fault(
         name="sixteen of a hundred asked",
@@ -495,7 +497,7 @@ def definition(tree, where):
     for part in where.split("."):
         named = [child for child in node.body if part in names(child)]
         if len(named) != 1:
-            raise NotFound(f"{where}: {len(named)} definitions in {PROGRAM}")
+            raise NotFound(f"{where}: {len(named)} definitions")
         node = named[0]
     return node
 
@@ -578,13 +580,15 @@ def run_tests(project, tests):
 VERDICTS = {0: "NOT CAUGHT", 1: "caught", None: "TOO SLOW"}
 
 
-def try_fault(project, fault, source):
+def try_fault(project, fault):
     """Seed one fault, run its tests, and say what they found."""
+    source = (ROOT / fault.file).read_text()
     try:
-        (project / PROGRAM).write_text(seeded(source, fault))
+        (project / fault.file).write_text(seeded(source, fault))
     except NotFound as error:
         return {"verdict": "REWRITE", "seconds": 0, "by": str(error)}
     status, output, seconds = run_tests(project, fault.tests)
+    (project / fault.file).write_text(source)
     failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
     by = failed[0].removeprefix("FAILED ").split(" - ")[0] if failed else ""
     verdict = VERDICTS.get(status, "BROKEN")
@@ -610,7 +614,6 @@ def main():
         for fault in faults:
             print(f"{fault.name:40s} {fault.where}")
         return
-    source = (ROOT / PROGRAM).read_text()
     findings = {}
     with tempfile.TemporaryDirectory() as folder:
         project = copy_project(Path(folder))
@@ -621,7 +624,7 @@ def main():
                 f"{output}\nwithout any fault the tests fail, lack or take too long"
             )
         for fault in faults:
-            found = try_fault(project, fault, source)
+            found = try_fault(project, fault)
             findings[fault.name] = found
             verdict, seconds = found["verdict"], found["seconds"]
             print(f"{verdict:10s} {seconds:5.0f} s  {fault.name}  {found['by']}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import small
 
 import annotated_bigs as bigs
+from workshop import commands
 
 plan = json.loads(sys.argv[1])
 output = Path(plan["output"])
@@ -58,10 +59,10 @@ def product_rate(dtype):
 
 def main():
     recipe = replace(small.RECIPE, **plan["recipe"])
-    bigs.join_processes(plan.get("distributed", ""))
+    commands.join_processes(plan.get("distributed", ""))
     bigs.make_step = make_step
     bigs.product_rate = product_rate
-    with bigs.leaving_on_request() as asked:
+    with commands.leaving_on_request() as asked:
 
         def stop():
             return asked() or number == plan.get("leave")

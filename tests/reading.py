@@ -506,15 +506,18 @@ def check_claims(document: Document, namespace: dict) -> list[str]:
 
 
 def vocabulary(document: Document) -> tuple[set[str], set[str], set[str]]:
-    """Names inside the document's definitions: (variables, attributes, strings of
-    code).
+    """Names inside the definitions of the document and of the workshop beside it:
+    (variables, attributes, strings of code).
     """
     variables = set()
     attributes = set()
     strings = set()
-    for cell in document.code:
-        docs = {text for _, text in docstrings(cell.tree)}
-        for node in ast.walk(cell.tree):
+    workshop = (document.root / "workshop").glob("*.py")
+    trees = [cell.tree for cell in document.code]
+    trees += [ast.parse(file.read_text()) for file in sorted(workshop)]
+    for tree in trees:
+        docs = {text for _, text in docstrings(tree)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.arg | ast.keyword):
                 variables.add(node.arg or "")
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

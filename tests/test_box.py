@@ -12,6 +12,7 @@ import pytest
 from flax import serialization, traverse_util
 
 import annotated_bigs as bigs
+from workshop import commands, studies
 
 SMALL = bigs.Config(60, 16, 2, 48, 32, num_ssm=4, mask_padding=True)
 SENTENCE = "to be or not to be that is the question"
@@ -247,7 +248,7 @@ def test_losses_without_kernels(tmp_path, model):
     )
     text.write_text("\n\n".join(lines))
 
-    losses = bigs.losses_without(model, bigs.load_tokenizer(), str(text), 16)
+    losses = studies.losses_without(model, bigs.load_tokenizer(), str(text), 16)
 
     layers = len(bigs.boxed_kernels()["start"])
     assert len(losses) == 4 + 3 * layers
@@ -297,11 +298,11 @@ def options_of(options):
 
 
 def inspect(**options):
-    bigs.main(["inspect", *map(str, options_of(options))])
+    commands.main(["inspect", *map(str, options_of(options))])
 
 
 def figures(**options):
-    bigs.main(["figures", *map(str, options_of(options))])
+    commands.main(["figures", *map(str, options_of(options))])
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +332,7 @@ def test_the_way_of_a_run_is_that_of_its_kernels(short_run):
     folder, recipe, last = short_run
     fresh = bigs.fresh_state(SMALL, recipe).model
 
-    way = bigs.way_of(folder)
+    way = studies.way_of(folder)
 
     assert way["tokens"].tolist() == [0, 512, 1024, 1536]
     np.testing.assert_array_equal(way["start"], bigs.kernels_of(fresh))
@@ -349,7 +350,7 @@ def test_the_way_of_a_run_is_that_of_its_sizes(short_run):
     ids = np.random.default_rng(0).integers(5, 60, (8, 32))
     everything = np.ones(ids.shape, bool)
 
-    way = bigs.way_of(folder)
+    way = studies.way_of(folder)
 
     assert way["spread"].shape == (4,)
     assert way["sizes"].shape == (4, 2)
@@ -380,11 +381,11 @@ def test_figures_of_any_model(tmp_path, layers, places):
     tasks = ("masked_lm", "sequence_classification")
     for seed, (name, task) in enumerate(zip(names, tasks, strict=True)):
         bigs.save_pretrained(bigs.BiGS(config, task, seed), name)
-    before, after = (bigs.kernels_of(bigs.pretrained_model(name)) for name in names)
+    before, after = (bigs.kernels_of(commands.pretrained_model(name)) for name in names)
     if places is None:
         places = [place for _, *place in bigs.movement(before, after)[:3]]
 
-    rows, pairs = (draw() for draw in bigs.model_figures(*names))
+    rows, pairs = (draw() for draw in commands.model_figures(*names))
 
     assert len(rows.axes) == layers
     titles = [ax.get_title().partition(":")[0] for ax in pairs.axes]

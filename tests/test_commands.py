@@ -15,10 +15,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import TINY, run
+from shell import TINY, run
 from small import ROOT
 
 import annotated_bigs as bigs
+from workshop import commands
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def main(project, monkeypatch):
 
     def run_here(*arguments):
         with pytest.raises(SystemExit) as left:
-            bigs.main(list(arguments))
+            commands.main(list(arguments))
         return left.value.code
 
     yield run_here
@@ -106,7 +107,7 @@ def test_an_unknown_command_ends_a_process_with_status_2(project):
     assert run(project, "dance").returncode == 2
 
 
-@pytest.mark.parametrize("command", bigs.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_has_help(main, capsys, command):
     assert main(command, "--help") == 0
     assert "usage" in capsys.readouterr().out
@@ -135,9 +136,9 @@ def test_commands_that_are_shown_exist(arguments, monkeypatch):
     def stub(command):
         return functools.wraps(command)(lambda *_, **__: called.append(command))
 
-    stubs = {name: stub(command) for name, command in bigs.COMMANDS.items()}
-    monkeypatch.setattr(bigs, "COMMANDS", stubs)
-    bigs.main(list(arguments))
+    stubs = {name: stub(command) for name, command in commands.COMMANDS.items()}
+    monkeypatch.setattr(commands, "COMMANDS", stubs)
+    commands.main(list(arguments))
     assert len(called) == 1
 
 
@@ -184,7 +185,7 @@ def models(tmp_path_factory):
 
 def test_fill_mask_prints_a_table_for_each_mask(models, capsys):
     text = "to [MASK] or not to [MASK]"
-    bigs.main(["fill-mask", text, "--model", str(models / "filler"), "--top", "4"])
+    commands.main(["fill-mask", text, "--model", str(models / "filler"), "--top", "4"])
     out, err = capsys.readouterr()
     assert "error" not in err
     lines = out.splitlines()
@@ -211,7 +212,7 @@ def test_fill_mask_prints_a_table_for_each_mask(models, capsys):
 )
 def test_fill_mask_helps(models, capsys, text, model, message):
     with pytest.raises(SystemExit, match="2"):
-        bigs.main(["fill-mask", text, "--model", str(models / model)])
+        commands.main(["fill-mask", text, "--model", str(models / model)])
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert re.search(message, err)

@@ -24,6 +24,7 @@ import pytest
 import transformers
 
 import annotated_bigs as bigs
+from workshop import corpora
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / "shared/data/vocab/bert-base-uncased-vocab.txt"
@@ -96,7 +97,7 @@ def stored(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("stored")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        return bigs.prepare([write(folder / "a.txt", TEXTS)], tokenizer, 32).train
+        return corpora.prepare([write(folder / "a.txt", TEXTS)], tokenizer, 32).train
 
 
 def is_held(text):
@@ -152,8 +153,8 @@ def refused(message, function, *arguments):
 )
 def test_a_file(tmp_path, tokenizer, suffix):
     source = write(tmp_path / f"a{suffix}", TEXTS)
-    assert [d.text for d in bigs.read_documents(Path(source))] == TEXTS
-    check(bigs.prepare([source], tokenizer, L), [TEXTS], tokenizer)
+    assert [d.text for d in corpora.read_documents(Path(source))] == TEXTS
+    check(corpora.prepare([source], tokenizer, L), [TEXTS], tokenizer)
 
 
 def test_folders_and_several_sources(tmp_path, tokenizer):
@@ -165,9 +166,11 @@ def test_folders_and_several_sources(tmp_path, tokenizer):
     Path(folder, "f.txt").touch()
     write(Path(folder, "g.txt"), ["Too short for a row"])
     for _ in range(2):
-        check(bigs.prepare([folder, other], tokenizer, L), [*THIRDS, OTHERS], tokenizer)
-    check(bigs.prepare([folder], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
-    data = bigs.prepare([folder], tokenizer, L, heldout=[other])
+        check(
+            corpora.prepare([folder, other], tokenizer, L), [*THIRDS, OTHERS], tokenizer
+        )
+    check(corpora.prepare([folder], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
+    data = corpora.prepare([folder], tokenizer, L, heldout=[other])
     rows = row_list(OTHERS, tokenizer)
     assert data.train.tokens[:].tolist() == [
         row for texts in THIRDS for row in row_list(texts, tokenizer)
@@ -194,7 +197,7 @@ def test_a_few_broken_lines_are_counted_and_skipped(tmp_path, capsys):
     file.write_text(
         "\n".join(lines), "utf-8-sig"
     )  # the mark at its beginning is no text
-    found = [d.text for d in bigs.read_documents(file)]
+    found = [d.text for d in corpora.read_documents(file)]
     assert found == [
         text for number, text in enumerate(TEXTS[:300]) if number not in (6, 99, 199)
     ]
@@ -206,7 +209,7 @@ def test_a_few_broken_lines_are_counted_and_skipped(tmp_path, capsys):
     refused(
         f"{file}, line 7: not a JSON object .* one of 4 ",
         list,
-        bigs.read_documents(file),
+        corpora.read_documents(file),
     )
 
 
@@ -253,8 +256,8 @@ def test_bad_files_are_named_and_leave_nothing(
 ):
     (tmp_path / name).write_bytes(content)
     for function, *rest in 2 * [
-        (bigs.prepare, tokenizer, L),
-        (bigs.trained_vocabulary, 300),
+        (corpora.prepare, tokenizer, L),
+        (corpora.trained_vocabulary, 300),
     ]:
         refused(
             f"{tmp_path / name}, {message}", function, [str(tmp_path / name)], *rest
@@ -294,8 +297,8 @@ def test_nothing_to_read(tmp_path, tokenizer, monkeypatch, name, message):
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(text)
     for function, *rest in 2 * [
-        (bigs.prepare, tokenizer, L),
-        (bigs.trained_vocabulary, 300),
+        (corpora.prepare, tokenizer, L),
+        (corpora.trained_vocabulary, 300),
     ]:
         refused(f"{name} ({message}|holds no document)", function, [name], *rest)
 
@@ -303,7 +306,7 @@ def test_nothing_to_read(tmp_path, tokenizer, monkeypatch, name, message):
 @pytest.fixture
 def reader(monkeypatch):
     """Which files are read, and what is raised after the fiftieth text of some."""
-    read = bigs.read_documents
+    read = corpora.read_documents
     calls = []
     ends = {}
 
@@ -314,7 +317,7 @@ def reader(monkeypatch):
                 raise ends[file.stem]
             yield document
 
-    monkeypatch.setattr(bigs, "read_documents", reading)
+    monkeypatch.setattr(corpora, "read_documents", reading)
     return calls, ends
 
 
@@ -338,10 +341,10 @@ def test_an_interrupted_preparation_goes_on(
     ):
         if str(end) == "killed":  # then nobody clears up
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        bigs.prepare(files, tokenizer, L)
+        corpora.prepare(files, tokenizer, L)
     ends.clear()
     for read in ("abcc", "abcc"):
-        check(bigs.prepare(files, tokenizer, L), THIRDS, tokenizer)
+        check(corpora.prepare(files, tokenizer, L), THIRDS, tokenizer)
         assert "".join(calls) == read
 
 
@@ -356,7 +359,7 @@ def test_only_what_changed_is_read_again(tmp_path, tokenizer, reader):
 
     def reads(wanted, tokenizer=tokenizer, L=L):
         calls.clear()
-        identities.append(bigs.prepare(files, tokenizer, L).identity)
+        identities.append(corpora.prepare(files, tokenizer, L).identity)
         assert "".join(calls) == wanted
 
     reads("abc")
@@ -376,7 +379,7 @@ def test_only_what_changed_is_read_again(tmp_path, tokenizer, reader):
     write(Path(files[1]), THIRDS[1] + ["One text more."])
     reads("d")
     check(
-        bigs.prepare(files, tokenizer, L),
+        corpora.prepare(files, tokenizer, L),
         [THIRDS[0], THIRDS[1] + ["One text more."], THIRDS[2]],
         tokenizer,
     )
@@ -423,7 +426,7 @@ def test_shards_come_back_as_they_are(tmp_path, tokenizer):
         for number, one in enumerate(fields)
     ]
 
-    data = bigs.prepare(files, tokenizer, 128)
+    data = corpora.prepare(files, tokenizer, 128)
 
     batch = bigs.batch_at(data.train, 195, 3, 0)
     (heldout,) = data.heldout
@@ -448,7 +451,7 @@ def test_shards_come_back_as_they_are(tmp_path, tokenizer):
 def padded(tmp_path, tokenizer):
     """Four rows of a shard, all of them padded."""
     file = write_shard(tmp_path / "a.h5", shard_fields())
-    rows = bigs.prepare([file], tokenizer, 128).train
+    rows = corpora.prepare([file], tokenizer, 128).train
     return bigs.batch_at(rows, 4, 0, 0)
 
 
@@ -507,7 +510,7 @@ def test_bad_shards_are_named(tmp_path, tokenizer, change, message):
     for _ in range(2):
         refused(
             f"a.hdf5: {message}",
-            bigs.prepare,
+            corpora.prepare,
             [write_shard(tmp_path / "a.hdf5", fields)],
             tokenizer,
             128,
@@ -519,15 +522,20 @@ def test_shards_are_no_texts(tmp_path, tokenizer):
     text = write(tmp_path / "a.txt", TEXTS)
     (tmp_path / "b.h5").write_bytes(b"nothing")
     refused(
-        "b.h5: no HDF5 file", bigs.prepare, [str(tmp_path / "b.h5")], tokenizer, 128
+        "b.h5: no HDF5 file", corpora.prepare, [str(tmp_path / "b.h5")], tokenizer, 128
     )
     refused(
-        "cannot be mixed; give one kind", bigs.prepare, [shard, text], tokenizer, 128
+        "cannot be mixed; give one kind", corpora.prepare, [shard, text], tokenizer, 128
     )
     refused(
-        "cannot be mixed; give one kind", bigs.prepare, [text], tokenizer, 128, [shard]
+        "cannot be mixed; give one kind",
+        corpora.prepare,
+        [text],
+        tokenizer,
+        128,
+        [shard],
     )
-    refused("name it with --vocabulary", bigs.trained_vocabulary, [shard], 300)
+    refused("name it with --vocabulary", corpora.trained_vocabulary, [shard], 300)
 
 
 @pytest.fixture
@@ -557,22 +565,22 @@ def hub(monkeypatch):
 
 def test_the_hub_is_streamed_once(tokenizer, hub, monkeypatch):
     name = "owner/texts:20231101.en"
-    check(bigs.prepare([name], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
+    check(corpora.prepare([name], tokenizer, L, parts=1), THIRDS[:1], tokenizer)
     assert hub["asked"] == [
         ("owner/texts", "20231101.en", {"split": "train", "streaming": True})
     ]
     hub["failing"] = 2
-    refused("shard 2.*gone", bigs.prepare, [name], tokenizer, L)
-    refused("shard 2.*gone", bigs.trained_vocabulary, [name], 300)
+    refused("shard 2.*gone", corpora.prepare, [name], tokenizer, L)
+    refused("shard 2.*gone", corpora.trained_vocabulary, [name], 300)
     hub["failing"] = None
     hub["read"][:] = hub["read"][:3]
     for _ in range(2):
-        check(bigs.prepare([name], tokenizer, L), THIRDS, tokenizer)
+        check(corpora.prepare([name], tokenizer, L), THIRDS, tokenizer)
         assert hub["read"] == [0, 1, 2, 2]  # what had arrived is not fetched again
     hub["field"] = "words"
     for function, *rest in (
-        (bigs.prepare, tokenizer, L),
-        (bigs.trained_vocabulary, 300),
+        (corpora.prepare, tokenizer, L),
+        (corpora.trained_vocabulary, 300),
     ):
         refused(
             'the rows of owner/others have no field "text", but words',
@@ -583,7 +591,7 @@ def test_the_hub_is_streamed_once(tokenizer, hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)
     refused(
         "owner/gone is neither a file here nor .* give the path",
-        bigs.prepare,
+        corpora.prepare,
         ["owner/gone"],
         tokenizer,
         L,
@@ -673,22 +681,22 @@ def test_random_words_are_any_words_and_special_ones_are_never_asked(stored):
 def test_a_vocabulary_is_trained_once(tmp_path, cache, monkeypatch):
     source = [write(tmp_path / "a.txt", TEXTS)]
     train = bigs.train_tokenizer
-    first = bigs.trained_vocabulary(source, 300)
+    first = corpora.trained_vocabulary(source, 300)
     assert (
         first.get_vocab()
         == train([text for text in TEXTS if not is_held(text)], 300).get_vocab()
     )
     monkeypatch.setattr(bigs, "train_tokenizer", None)
-    again = bigs.trained_vocabulary(source, 300)
+    again = corpora.trained_vocabulary(source, 300)
     assert again.get_vocab() == first.get_vocab()
     assert again(TEXTS)["input_ids"] == first(TEXTS)["input_ids"]
 
     def slowly(texts, size):  # while we train, another process is done
         monkeypatch.setattr(bigs, "train_tokenizer", train)
-        return bigs.trained_vocabulary(source, size)
+        return corpora.trained_vocabulary(source, size)
 
     monkeypatch.setattr(bigs, "train_tokenizer", slowly)
-    assert len(bigs.trained_vocabulary(source, 250)) == 250
+    assert len(corpora.trained_vocabulary(source, 250)) == 250
     assert len(list((cache / "annotated_bigs").iterdir())) == 2
 
 
@@ -701,7 +709,7 @@ def test_a_vocabulary_is_of_the_beginning_of_every_part(tmp_path):
         (0.1, None, "αγ"),
         (50.0, 1, "αβ"),
     ):
-        found = bigs.trained_vocabulary(
+        found = corpora.trained_vocabulary(
             [str(tmp_path / "texts")], 300, megabytes, parts
         ).get_vocab()
         assert set("αβγδж") & set(found) == set(wanted)
@@ -709,8 +717,8 @@ def test_a_vocabulary_is_of_the_beginning_of_every_part(tmp_path):
 
 VOCABULARY = """
 import json, sys; sys.path.insert(0, sys.argv[1])
-import annotated_bigs as bigs
-pieces = bigs.trained_vocabulary([sys.argv[2]], 900).get_vocab()
+from workshop import corpora
+pieces = corpora.trained_vocabulary([sys.argv[2]], 900).get_vocab()
 print(json.dumps(sorted(pieces.items())))
 """
 
@@ -773,7 +781,7 @@ def test_a_vocabulary_from_a_file(tmp_path, file):
         tmp_path,
         do_lower_case=True,  # the usual, but not in transformers 5.0.0
     )
-    ours = bigs.load_vocabulary(str(tmp_path / "vocab.txt"))
+    ours = corpora.load_vocabulary(str(tmp_path / "vocab.txt"))
     assert len(ours) == len(theirs) == (len(pieces) if file == "small" else 30522)
     for text in [
         "The lower Rhine, 3.5 km wide; don't!",
@@ -790,7 +798,7 @@ def test_a_vocabulary_is_the_one_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("low\n##er\n[PAD]\n")
     refused(
         r"a.txt lacks \[UNK\], \[CLS\], \[SEP\], \[MASK\]; give",
-        bigs.load_vocabulary,
+        corpora.load_vocabulary,
         str(tmp_path / "a.txt"),
     )
     there = {"owner/words": "theirs", "bert-large-uncased": "BERT's"}
@@ -801,13 +809,15 @@ def test_a_vocabulary_is_the_one_named(tmp_path, monkeypatch):
         return there[name]
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
-    assert [bigs.load_vocabulary(name) for name in there] == list(there.values())
-    refused("owner/gone", bigs.load_vocabulary, "owner/gone")
+    assert [corpora.load_vocabulary(name) for name in there] == list(there.values())
+    refused("owner/gone", corpora.load_vocabulary, "owner/gone")
 
 
 @pytest.mark.timing
 def test_batches_from_disk_are_quick(tmp_path, tokenizer, timed):
-    rows = bigs.prepare([write(tmp_path / "a.txt", TEXTS * 20)], tokenizer, 128).train
+    rows = corpora.prepare(
+        [write(tmp_path / "a.txt", TEXTS * 20)], tokenizer, 128
+    ).train
     assert len(rows.tokens) > 3000
     in_memory = rows._replace(tokens=np.asarray(rows.tokens[:]))
     steps = itertools.count()

@@ -6,8 +6,6 @@ from collections import Counter
 import faults
 import pytest
 
-SOURCE = (faults.ROOT / faults.PROGRAM).read_text()
-
 
 def docstrings(source):
     nodes = ast.walk(ast.parse(source))
@@ -18,7 +16,8 @@ def docstrings(source):
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_fits_the_program(fault):
     assert fault.old != fault.new
-    assert fault.new in faults.seeded(SOURCE, fault)
+    source = (faults.ROOT / fault.file).read_text()
+    assert fault.new in faults.seeded(source, fault)
     tests = [test.split("::")[0] for test in fault.tests]
     assert tests
     assert all((faults.ROOT / test).is_file() for test in tests)

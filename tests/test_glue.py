@@ -18,6 +18,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import annotated_bigs as bigs
+from workshop import commands, corpora, glue
 
 REAL = Path(__file__).parents[2] / "shared/data/glue"
 ROWS = {
@@ -87,7 +88,7 @@ TOY = toy_examples()
 def test_official_files_are_read_whole(name, capsys):
     task = bigs.GLUE[name]
 
-    splits = bigs.task_texts(name, REAL)
+    splits = glue.task_texts(name, REAL)
 
     assert {split: len(found.texts) for split, found in splits.items()} == ROWS[name]
     for split, (texts, labels) in splits.items():
@@ -182,7 +183,7 @@ for word in ("5.1", "-1", "nan", ""):
 
 def assert_refused(file, name, message):
     with pytest.raises(bigs.UserError, match=f"^{file}[,:] {message}"):
-        bigs.task_texts(name, file.parents[1])
+        glue.task_texts(name, file.parents[1])
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -246,7 +247,7 @@ def test_oddities_of_official_files_are_read(tmp_path, capsys, oddity, suffix):
     name, content, texts, told = ODDITIES[oddity]
     file = write(tmp_path, name, "train", PACK[suffix](content.encode()), suffix)
 
-    splits = bigs.task_texts(name, tmp_path)
+    splits = glue.task_texts(name, tmp_path)
 
     assert list(splits) == ["train"]
     assert splits["train"].texts == texts
@@ -273,9 +274,9 @@ def test_the_hub_gives_the_same_in_its_own_columns(monkeypatch):
         return datasets.Dataset.from_dict(texts | {"label": stored[name, split]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    bigs.task_texts.cache_clear()
-    found = bigs.task_texts("mnli", None)
-    bigs.task_texts.cache_clear()
+    glue.task_texts.cache_clear()
+    found = glue.task_texts("mnli", None)
+    glue.task_texts.cache_clear()
 
     assert list(found) == ["train", "dev_matched", "test_matched", "diagnostic"]
     assert found["train"].labels.tolist() == [0, 2]
@@ -469,7 +470,7 @@ def test_padding_may_have_any_number(tmp_path):
     file = tmp_path / "vocab.txt"
     order = ["red", "green", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"]
     file.write_text("\n".join(order))
-    tokenizer = bigs.load_vocabulary(str(file))
+    tokenizer = corpora.load_vocabulary(str(file))
     pairs = [("red", "green"), ("red red red", "green")]
 
     examples = bigs.encode(pairs, np.array([0, 1]), tokenizer, 64)
@@ -605,7 +606,7 @@ def command(folder, output, *arguments, **others):
     for name, value in options.items():
         if value:
             words += [f"--{name}", str(value)]
-    bigs.main([*words, *arguments])
+    commands.main([*words, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -653,7 +654,7 @@ def asked(monkeypatch):
         }
         return record, classifier(len(task.labels) or 1, seed)
 
-    monkeypatch.setattr(bigs, "tune", tune)
+    monkeypatch.setattr(glue, "tune", tune)
     return calls, script
 
 
@@ -691,7 +692,7 @@ def predict(made):
 
     def outputs(name, split):
         model = bigs.from_pretrained(made / "runs" / name)
-        texts = bigs.task_texts(name, made / "glue")[split].texts
+        texts = glue.task_texts(name, made / "glue")[split].texts
         examples = bigs.encode(texts, np.zeros(40, int), TOKENIZER, 64)
         return bigs.predict(model, examples)
 
@@ -719,7 +720,7 @@ def test_answers_are_those_of_the_saved_model(made, predict, name):
 def test_scores_are_those_of_the_saved_model(made, predict, name):
     task = bigs.GLUE[name]
     dev = SPLITS[name][1]
-    labels = bigs.task_texts(name, made / "glue")[dev].labels
+    labels = glue.task_texts(name, made / "glue")[dev].labels
     scores = bigs.task_scores(task, predict(name, dev), labels)
 
     record = read(made / "runs")[f"{name}/pretrained-0.json"]
@@ -733,11 +734,11 @@ def test_scores_are_those_of_the_saved_model(made, predict, name):
 
 
 def test_a_record_tells_the_best_model_from_the_last(made):
-    splits = bigs.task_texts("stsb", made / "glue")
+    splits = glue.task_texts("stsb", made / "glue")
     start = bigs.BiGS(CONFIG, seed=4)
     tuning = bigs.Tuning(learning_rate=0.05, batch=8, epochs=4)
 
-    record, _ = bigs.tune("stsb", splits, start, TOKENIZER, tuning, "pretrained", 0)
+    record, _ = glue.tune("stsb", splits, start, TOKENIZER, tuning, "pretrained", 0)
 
     best = record["best"]["dev"]["spearman"]
     last = record["last"]["dev"]["spearman"]
@@ -749,14 +750,14 @@ def test_a_record_tells_the_best_model_from_the_last(made):
 @pytest.fixture
 def tuned(monkeypatch):
     """Task and variant of every run that is trained."""
-    tune = bigs.tune
+    tune = glue.tune
     calls = []
 
     def watched(*given):
         calls.append((given[0], given[5]))
         return tune(*given)
 
-    monkeypatch.setattr(bigs, "tune", watched)
+    monkeypatch.setattr(glue, "tune", watched)
     return calls
 
 
@@ -781,14 +782,14 @@ def test_a_second_call_runs_what_is_lost_or_new(made, tmp_path, tuned):
     before = read(tmp_path)
     (tmp_path / "rte/pretrained-0.json").unlink()
 
-    command(made, tmp_path, "--task", "rte", "--variants", *bigs.GLUE_VARIANTS)
+    command(made, tmp_path, "--task", "rte", "--variants", *glue.GLUE_VARIANTS)
 
-    assert tuned == [("rte", variant) for variant in bigs.GLUE_VARIANTS]
+    assert tuned == [("rte", variant) for variant in glue.GLUE_VARIANTS]
     after = read(tmp_path)
     for file, record in before.items():
         assert after[file] | {"seconds": 0} == record | {"seconds": 0}
     choices = []
-    for variant in bigs.GLUE_VARIANTS:
+    for variant in glue.GLUE_VARIANTS:
         record = after[f"rte/{variant.replace(' ', '-')}-0.json"]
         tuning = record["tuning"]
         choices.append((tuning["cut"], tuning["freeze_kernels"]))
@@ -870,8 +871,8 @@ def test_the_best_of_all_seeds_is_kept(search, made, tmp_path):
 
 
 def test_the_papers_search_has_sixty_settings():
-    assert len(bigs.Grid().tunings(True, 1024)) == 60
-    assert bigs.Grid().tunings(False, 1024) == [bigs.Tuning()]
+    assert len(commands.Grid().tunings(True, 1024)) == 60
+    assert commands.Grid().tunings(False, 1024) == [bigs.Tuning()]
 
 
 def test_a_killed_command_goes_on_with_the_next_run(made, tmp_path, asked):

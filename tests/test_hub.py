@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
+from workshop import commands, corpora, glue
 
 pytestmark = pytest.mark.hub
 
@@ -86,7 +87,7 @@ CURVES = {
 def kernels():
     """The published kernels before and after fine-tuning on MNLI."""
     names = PRETRAINED, FINETUNED
-    return [bigs.kernels_of(bigs.pretrained_model(name)) for name in names]
+    return [bigs.kernels_of(commands.pretrained_model(name)) for name in names]
 
 
 @pytest.mark.parametrize("text", PUBLISHED_WORDS)
@@ -139,7 +140,7 @@ LABELS = {
 
 @pytest.mark.parametrize("name", [name for name in bigs.GLUE if name != "pairs"])
 def test_the_hub_has_the_rows_of_the_official_files(name):
-    splits = bigs.task_texts(name, None)
+    splits = glue.task_texts(name, None)
     for split, rows in bigs.GLUE[name].rows.items():
         assert len(splits[split].texts) == rows, split
 
@@ -147,14 +148,14 @@ def test_the_hub_has_the_rows_of_the_official_files(name):
 @pytest.mark.parametrize("name", LABELS)
 def test_the_hub_numbers_labels_as_we_do(name):
     split = "dev_matched" if name == "mnli" else "dev"
-    labels = bigs.task_texts(name, None)[split].labels
+    labels = glue.task_texts(name, None)[split].labels
     assert np.bincount(labels).tolist() == LABELS[name]
 
 
 def test_a_task_of_the_hub_is_learned(tmp_path):
     output = tmp_path / "wnli"
     command = "finetune --task wnli --epochs 1 --learning-rate 1e-4 --batch 16"
-    bigs.main([*command.split(), "--output", str(output)])
+    commands.main([*command.split(), "--output", str(output)])
     assert "wnli" in json.loads((output / "results.json").read_text())
 
 
@@ -162,7 +163,7 @@ def test_a_task_of_the_hub_is_learned(tmp_path):
 
 
 def test_a_few_steps_on_streamed_wikipedia(tmp_path):
-    shard = bigs.streamed_parts(bigs.WIKIPEDIA)[0]
+    shard = corpora.streamed_parts(bigs.WIKIPEDIA)[0]
     articles = list(itertools.islice(shard.read(), 200))
     corpus = bigs.Corpus(articles[:180], articles[180:], shard.name)
     data = bigs.make_dataset(corpus, bigs.load_tokenizer(), 128)

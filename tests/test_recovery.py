@@ -14,13 +14,14 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-import commands
 import jax
 import numpy as np
 import pytest
+import shell
 import small
 
 import annotated_bigs as bigs
+from workshop import commands
 
 LONG = dict(steps=60, save_every=5, log_every=5, evaluate_every=20)
 SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
@@ -184,8 +185,8 @@ def test_a_request_to_leave_is_followed(project):
     pretrain = ("pretrain", *commands.TINY, *text)
     whole = project / "runs/whole"
     left = project / "runs/left"
-    finish(commands.start(project, *pretrain, "--output", whole))
-    process = commands.start(project, *pretrain, "--output", left)
+    finish(shell.start(project, *pretrain, "--output", whole))
+    process = shell.start(project, *pretrain, "--output", left)
     wait_for(lambda: reached(left) >= 10, process)
 
     process.terminate()
@@ -199,7 +200,7 @@ def test_a_request_to_leave_is_followed(project):
     assert f"stopped at step {step} of 40; go on with --resume" in out
     assert [path.name for path in (left / "checkpoints").iterdir()] == [str(step)]
 
-    finish(commands.start(project, *pretrain, "--output", left, "--resume"))
+    finish(shell.start(project, *pretrain, "--output", left, "--resume"))
     models = [(run / "flax_model.msgpack").read_bytes() for run in (whole, left)]
     assert models[0] == models[1]
     assert records(whole, "heldout") == records(left, "heldout")
@@ -455,7 +456,7 @@ def test_an_unfinished_run_can_be_exported(half, tmp_path):
     going_on = half / "checkpoints" / "15.orbax-checkpoint-tmp"
     going_on.mkdir()
 
-    bigs.command_export(half, tmp_path / "model")
+    commands.command_export(half, tmp_path / "model")
 
     assert going_on.exists(), "exporting a run destroyed what it was writing"
     assert not (half / "flax_model.msgpack").exists()

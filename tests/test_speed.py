@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
+from workshop import benchmark
 
 ROOT = Path(__file__).parents[1]
 SMALL = bigs.Config(
@@ -30,12 +31,12 @@ def kept(file):
 
 @pytest.fixture(scope="module")
 def rows():
-    return bigs.benchmark(replace(SMALL, num_hidden_layers=1), [300], 600, 2)
+    return benchmark.benchmark(replace(SMALL, num_hidden_layers=1), [300], 600, 2)
 
 
 @pytest.mark.slow
 def test_every_kind_and_route_is_timed(rows):
-    for what in bigs.KINDS:
+    for what in benchmark.KINDS:
         routes = bigs.ROUTES[1:4] if what.startswith("convolution") else bigs.ROUTES
         assert [row["route"] for row in rows if row["what"] == what] == list(routes)
     assert all(row["length"] == 300 and row["batch"] == 2 for row in rows)
@@ -52,25 +53,26 @@ def test_every_kind_and_route_is_timed(rows):
 
 
 def test_what_needs_too_much_memory_is_planned_and_not_run():
-    rows = bigs.benchmark(SMALL, [64], 64, 1, ["layer, forward"], memory=0.0)
+    rows = benchmark.benchmark(SMALL, [64], 64, 1, ["layer, forward"], memory=0.0)
     assert all(
         row["seconds"] is None and row["ratio"] is None and row["gigabytes"] > 0
         for row in rows
     )
-    bigs.print_benchmark(rows)
+    benchmark.print_benchmark(rows)
 
 
 @pytest.mark.parametrize("route", bigs.ROUTES)
 def test_routes_are_what_they_are_called(route):
     """Each program does the layer's own work, and only the route differs."""
-    config = bigs.variant(SMALL, route, 32)
+    config = benchmark.variant(SMALL, route, 32)
     layer = bigs.one_layer(config, bigs.nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (32, 2, 32))
-    got = bigs.layer_program("layer, forward", config)(layer, x)
+    got = benchmark.layer_program("layer, forward", config)(layer, x)
     plain = layer(x.swapaxes(0, 1), np.ones((2, 32), bool)).swapaxes(0, 1)
     np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-5)
     moved = (
-        bigs.layer_program("layer, forward", config)(layer, x.at[5, 0].add(1.0)) - got
+        benchmark.layer_program("layer, forward", config)(layer, x.at[5, 0].add(1.0))
+        - got
     )
     others = np.abs(np.delete(np.asarray(moved), 5, axis=0)[:, 0]).max()
     assert (others > 0) == (route != "none")
@@ -167,7 +169,9 @@ def test_the_matrix_is_faster_than_the_fft(timed):
     """
     code = (
         "import annotated_bigs as b; b.keep_memory()\n"
-        "rows = b.benchmark(b.large, [128], 2048, 9, ['convolution, forward'])\n"
+        "from workshop import benchmark\n"
+        "kinds = ['convolution, forward']\n"
+        "rows = benchmark.benchmark(b.large, [128], 2048, 9, kinds)\n"
         "print({r['route']: r['ratio'] for r in rows}['toeplitz'])"
     )
 
@@ -215,9 +219,10 @@ def test_a_tpu_v3_by_its_compiler():
         assert os.environ.get("CI") != "true", "CI has to install libtpu"
         pytest.skip("the TPU compiler, package libtpu, is not installed")
     code = (
-        "import json, annotated_bigs as b\n"
-        "rows = b.layers_on_tpu('v3', (128, 512, 4096), ('none', 'auto'))\n"
-        "print(json.dumps([rows, b.steps_on_tpu('v3')]))"
+        "import json\n"
+        "from workshop import tpu\n"
+        "rows = tpu.layers_on_tpu('v3', (128, 512, 4096), ('none', 'auto'))\n"
+        "print(json.dumps([rows, tpu.steps_on_tpu('v3')]))"
     )
     rows, steps = json.loads(run_python(code).splitlines()[-1])
     ratio = {row["length"]: row["ratio"] for row in rows if row["route"] == "auto"}

@@ -14,6 +14,7 @@ import pytest
 import small
 
 import annotated_bigs as bigs
+from workshop import benchmark, commands, studies
 
 PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
 pytestmark = pytest.mark.usefixtures("one_step")
@@ -23,7 +24,7 @@ def steps_of(config, recipe, count):
     """The parameters and the loss after some steps, each on a batch of its own."""
     rows = small.random_rows()
     state = bigs.fresh_state(config, recipe)
-    step = bigs.make_step(recipe)
+    step = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
     for number in range(count):
         batch = bigs.batch_at(rows, recipe.batch, 0, number)
         state, loss = step(state, batch)
@@ -395,7 +396,7 @@ def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     names = ("published", "annotated", "bfloat16")
     data = small.dataset()
 
-    first = bigs.compare_variants(config, recipe, data, names, 2, tmp_path)
+    first = studies.compare_variants(config, recipe, data, names, 2, tmp_path)
 
     losses = np.array(list(first.values()))
     assert losses.shape == (3, 2)
@@ -408,7 +409,7 @@ def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
         return lambda *_: pytest.fail("a finished run takes no step")
 
     monkeypatch.setattr(bigs, "make_step", no_step)
-    again = bigs.compare_variants(config, recipe, data, names, 2, tmp_path)
+    again = studies.compare_variants(config, recipe, data, names, 2, tmp_path)
     assert again == first
 
 
@@ -417,10 +418,10 @@ def test_the_published_way_takes_the_same_steps():
     config = replace(small.CONFIG, num_hidden_layers=1)
     recipe = replace(small.RECIPE, batch=2)
     losses = []
-    for ways in (bigs.WAYS, ()):
+    for ways in (benchmark.WAYS, ()):
         own = replace(config, convolution="fft" if ways else "auto")
         state = bigs.fresh_state(own, recipe)
-        step = bigs.step_by(ways, recipe)
+        step = benchmark.step_by(ways, recipe)
         for number in range(3):
             batch = bigs.batch_at(small.random_rows(), 2, 0, number)
             state, loss = step(state, batch)
@@ -433,9 +434,9 @@ def test_every_change_of_the_published_way_gives_the_same_loss():
     config = replace(small.CONFIG, num_hidden_layers=1)
 
     recipe = replace(small.RECIPE, batch=2)
-    found = bigs.factor_speeds(config, recipe, repeats=2)
+    found = benchmark.factor_speeds(config, recipe, repeats=2)
 
-    assert len(found) == 2 + 2 * len(bigs.WAYS)
+    assert len(found) == 2 + 2 * len(benchmark.WAYS)
     ours = found["ours"]["loss"]
     for step in found.values():
         assert step["loss"] == pytest.approx(ours, rel=1e-4)
@@ -449,11 +450,11 @@ def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
         recipe = replace(small.RECIPE, steps=4, seed=seed)
         bigs.pretrain(small.CONFIG, recipe, small.dataset(), output)
 
-    bigs.command_figures(runs, output=tmp_path)
+    commands.command_figures(runs, output=tmp_path)
 
     assert (tmp_path / "losses.png").stat().st_size > 5000
     assert "seed1" in capsys.readouterr().out
-    curves = bigs.compare_runs(runs)().axes[0].lines
+    curves = commands.compare_runs(runs)().axes[0].lines
     assert len(curves) == 4
     tokens = 4 * small.RECIPE.batch * small.RECIPE.length
     assert curves[0].get_xdata()[-1] == tokens / 1e6
@@ -461,4 +462,4 @@ def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(bigs.UserError, match="holds no run"):
-        bigs.command_figures((tmp_path,))
+        commands.command_figures((tmp_path,))

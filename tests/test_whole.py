@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
+from workshop import commands, corpora, glue, studies
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -293,7 +294,7 @@ def test_an_export_over_another_model(tmp_path, monkeypatch):
     tokenizer("new").save_pretrained(run)
 
     def write(folder):
-        bigs.command_export(run, folder / "model")
+        commands.command_export(run, folder / "model")
 
     kills = kill_between_old_and_new(tmp_path, prepare_model, write, state_of_model)
     assert kills >= 12
@@ -315,7 +316,9 @@ def test_a_model_where_there_is_none(tmp_path):
 def test_what_inspect_reads(tmp_path, monkeypatch):
     losses = {"old": {"nothing": 5.0}, "new": {"nothing": 6.0}}
     monkeypatch.setattr(
-        bigs, "losses_without", lambda network, tokenizer, text: losses[Path(text).name]
+        studies,
+        "losses_without",
+        lambda network, tokenizer, text: losses[Path(text).name],
     )
     kernels = {which: bigs.kernels_of(model(which)) for which in losses}
     monkeypatch.setattr(bigs, "from_pretrained", lambda name, task: name)
@@ -324,7 +327,7 @@ def test_what_inspect_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(bigs, "print_reading", lambda *_: None)
 
     def inspect(folder, which):
-        bigs.command_inspect(which, heldout=(which,), output=folder / "read")
+        commands.command_inspect(which, heldout=(which,), output=folder / "read")
 
     def state(folder):
         bigs.finish_writing(folder / "read")
@@ -345,7 +348,7 @@ def test_a_vocabulary(tmp_path, monkeypatch):
 
     def write(folder):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-        found.append(bigs.trained_vocabulary([str(text)], 60).get_vocab())
+        found.append(corpora.trained_vocabulary([str(text)], 60).get_vocab())
 
     def check(folder):
         for vocabulary in folder.glob("annotated_bigs/[!.]*"):
@@ -363,7 +366,7 @@ def test_a_vocabulary(tmp_path, monkeypatch):
 @pytest.fixture
 def fine_tuned(monkeypatch):
     """Runs a task with some seeds; none is trained, the second is better."""
-    splits = {"test": bigs.Texts([("to be", None)] * 3, None)}
+    splits = {"test": glue.Texts([("to be", None)] * 3, None)}
 
     def tune(name, splits, start, tokenizer, tuning, variant, seed):
         which = ("old", "new")[seed]
@@ -373,7 +376,7 @@ def fine_tuned(monkeypatch):
         first = same(network, model("new"))
         return np.eye(2)[[first, 1 - first, first]]
 
-    monkeypatch.setattr(bigs, "tune", tune)
+    monkeypatch.setattr(glue, "tune", tune)
     monkeypatch.setattr(bigs, "predict", predict)
     monkeypatch.setattr(bigs, "encode", lambda *_: None)
 
@@ -381,7 +384,7 @@ def fine_tuned(monkeypatch):
         given = model("old"), tokenizer("old"), bigs.Tuning()
         variants = ("pretrained",)
         output = folder / "sst2"
-        records = bigs.run_task("sst2", splits, *given, variants, seeds, output)
+        records = glue.run_task("sst2", splits, *given, variants, seeds, output)
         assert [record["seed"] for record in records] == list(range(seeds))
 
     return run
@@ -777,7 +780,7 @@ def test_a_task_starts_from_a_model_that_is_ready(tmp_path):
     save(tmp_path / "model", "new")
     (tmp_path / "mnli").mkdir()
     (tmp_path / "model").rename(tmp_path / "mnli" / bigs.INCOMING)
-    found = bigs.starting_point("elsewhere", None, "rte", tmp_path)
+    found = commands.starting_point("elsewhere", None, "rte", tmp_path)
     assert found == str(tmp_path / "mnli")
 
 

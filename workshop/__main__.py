@@ -1,0 +1,5 @@
+"""`python -m workshop COMMAND`."""
+
+from workshop.commands import main
+
+main()

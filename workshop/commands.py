@@ -1,0 +1,839 @@
+"""The command line: `python annotated_bigs.py COMMAND` and `python -m workshop
+COMMAND`.
+
+Each command checks names, chooses defaults and calls the story. `main` hands over to
+tyro and is the one place where a user's mistake becomes a line instead of a traceback.
+"""
+
+import contextlib
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import annotated_bigs as bigs
+from workshop import benchmark, corpora, glue, studies
+from workshop.tpu import layers_on_tpu, steps_on_tpu
+
+
+def drawings() -> list[Callable]:
+    """All figures of the document, in order.
+
+    >>> [draw.name for draw in drawings()][:2]
+    ['discretization', 'fades']
+    """
+    return [
+        value
+        for value in list(vars(bigs).values())
+        if callable(value) and hasattr(value, "caption")
+    ]
+
+
+def command_figures(
+    runs: tuple[Path, ...] = (),
+    model: str | None = None,
+    finetuned: str | None = None,
+    output: Path = bigs.RUNS,
+) -> None:
+    """Redraw every figure into figures/; or draw Figures 3 and 4 of a model, or the
+    losses of runs.
+
+    Args:
+        runs: folders of runs of pretrain, to draw only their losses, beside each other,
+            as losses.png.
+        model: folder or hub name of a model, to draw only its kernels, as kernels.png.
+        finetuned: the same model after fine-tuning, to draw what moved, as
+            finetuned.png (the paper's choice of kernels for a model of its size, else
+            the three that moved most).
+        output: folder for the figures of runs or models.
+    """
+    if finetuned and model is None:
+        raise bigs.UserError(
+            "finetuned: give the model before fine-tuning, too, with --model"
+        )
+    chosen = ([compare_runs(runs)] if runs else []) + (
+        model_figures(model, finetuned) if model else []
+    )
+    for draw in chosen:
+        bigs.show(draw, output)
+    if not chosen:
+        for draw in drawings():
+            bigs.show(draw, bigs.FIGURES)
+
+
+def compare_runs(folders: tuple[Path, ...]) -> Callable:
+    """A figure of the losses of several runs, training pale and held-out dark."""
+
+    @bigs.figure(
+        name="losses",
+        alt="Loss against tokens read, a curve for each run.",
+        caption="Loss of "
+        + ", ".join(str(folder) for folder in folders)
+        + ". Drawn by compare_runs.",
+    )
+    def runs_figure():
+        drawing, ax = bigs.canvas()
+        for number, folder in enumerate(folders):
+            file, color = folder / "run.json", f"C{number}"
+            if not file.exists():
+                raise bigs.UserError(
+                    f"runs: {folder} holds no run, {file.name} is missing"
+                )
+            recipe, history = (
+                bigs.Recipe(**json.loads(file.read_text())["recipe"]),
+                bigs.read_log(folder),
+            )
+            for key, style in (
+                ("loss", dict(alpha=0.3, lw=0.8)),
+                ("heldout", dict(marker=".", label=str(folder))),
+            ):
+                points = [
+                    (r["step"] * recipe.batch * recipe.length / 1e6, r[key])
+                    for r in history
+                    if key in r
+                ]
+                if points:
+                    ax.plot(*zip(*points, strict=True), color=color, **style)
+        ax.set(xlabel="million tokens", ylabel="nats a masked word")
+        ax.legend(frameon=False)
+        return drawing
+
+    return runs_figure
+
+
+def model_figures(model: str, finetuned: str | None) -> list[Callable]:
+    """Figure 3 of a model and, with the same model fine-tuned, Figure 4."""
+    before = bigs.kernels_of(pretrained_model(model))
+    rows = bigs.figure(
+        name="kernels",
+        alt="Filled step plots over positions -10 to 10, a row for each layer.",
+        caption=(
+            f"How each layer of {model} reads its surroundings; rows are layers, 0 at"
+            " the bottom."
+        ),
+    )
+    drawn = [rows(lambda: bigs.draw_rows({Path(model).name: before}))]
+    if finetuned is not None:
+        after = bigs.kernels_of(pretrained_model(finetuned))
+        if after.shape != before.shape:
+            raise bigs.UserError(
+                f"finetuned: {finetuned} has kernels of shape {after.shape}, {model} of"
+                f" {before.shape}; give the same model before and after fine-tuning"
+            )
+        moved = bigs.movement(before, after)
+        of_paper = [
+            one
+            for place in ((14, 1), (18, 0), (17, 0))
+            for one in moved
+            if one[1:] == place
+        ]
+        pairs = bigs.figure(
+            name="finetuned",
+            alt="Kernels over all positions, before in grey and after in red.",
+            caption=(
+                f"Kernels of {model} (grey) and {finetuned} (red), each scaled to a"
+                " peak of one."
+            ),
+        )
+        drawn.append(
+            pairs(
+                lambda: bigs.draw_pairs(
+                    before, after, of_paper if len(before) == 23 else moved[:3]
+                )
+            )
+        )
+    return drawn
+
+
+def pretrained_model(name: str, task: str | None = "masked_lm") -> bigs.BiGS:
+    """A model for its encoder's sake: no warning if a head is drawn anew."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*drawn anew", UserWarning)
+        return bigs.from_pretrained(name, task)
+
+
+@contextlib.contextmanager
+def leaving_on_request() -> Iterator[Callable[[], bool]]:
+    """While this holds, the first SIGTERM or SIGINT only sets what the yielded function
+    returns.
+
+    >>> import signal
+    >>> with leaving_on_request() as asked:
+    ...     before = asked()
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     after = asked()
+    >>> before, after
+    (False, True)
+    """
+    import signal
+
+    if (
+        jax.process_count() > 1
+    ):  # each would leave at another step: jax's own handler lets all agree on one
+        yield lambda: False
+        return
+    received = []
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [
+        signal.signal(number, lambda number, _: received.append(number))
+        for number in numbers
+    ]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def join_processes(distributed: str) -> None:
+    """Join the other processes of a run: "auto" on a TPU pod or under a scheduler, else
+    "host:port,count,index".
+    """
+    if distributed == "auto":
+        jax.distributed.initialize()
+    elif distributed:
+        try:
+            address, count, index = distributed.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
+        except ValueError:
+            raise bigs.UserError(
+                f"distributed: {distributed!r} is neither auto nor"
+                " host:port,count,index"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a run reads.
+
+    Args:
+        corpus: text or JSON-lines files, folders of such, data sets of the hub, or HDF5
+            shards (the paper: Wikipedia and books, as shards); default: embedded
+            English.
+        heldout: other such texts to measure the loss on; default: one document in
+            sixty-four of the corpus.
+        parts: only the first so many files of a folder, or shards of a data set.
+        vocabulary: file with one piece a line, folder, or name on the hub (the paper:
+            bert-large-uncased); default: that of --model, or one trained on the corpus,
+            in lower case.
+        pieces: word pieces of a vocabulary that is trained on the corpus (the paper's
+            vocabulary has 30,522).
+    """
+
+    corpus: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    parts: int | None = None
+    vocabulary: str | None = None
+    pieces: int = 8192
+
+    def dataset(self, length: int, model: str | None = None) -> bigs.Dataset:
+        """Tokenizer and rows."""
+        if self.vocabulary or model:
+            tokenizer = (
+                corpora.load_vocabulary(self.vocabulary)
+                if self.vocabulary
+                else bigs.load_tokenizer(model)
+            )
+        elif self.corpus:
+            tokenizer = corpora.trained_vocabulary(
+                self.corpus, self.pieces, parts=self.parts
+            )
+        else:
+            tokenizer = bigs.tiny_dataset().tokenizer
+        if self.corpus:
+            return corpora.prepare(
+                self.corpus, tokenizer, length, self.heldout, self.parts
+            )
+        return bigs.make_dataset(bigs.embedded_english(), tokenizer, length)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Where a run differs from its recipe; what is not given stays.
+
+    Args:
+        length: tokens of a row (the paper: 128, then 512, 1024 or 4096).
+        steps: number of steps (the paper: 100,000 in the documented run).
+        batch: rows in a batch (the paper: 760 to 1136).
+        learning_rate: its peak (the paper: 2e-4 to 8e-4).
+        accumulate: parts of a batch that are computed one after the other, to save
+            memory.
+        remat: recompute layers in the backward pass, to save memory.
+        shard: split parameters and moments among devices.
+        log_every: steps between lines of the log.
+        evaluate_every: steps between held-out losses.
+        save_every: steps between checkpoints.
+        keep: checkpoints that stay.
+    """
+
+    length: int | None = None
+    steps: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    accumulate: int | None = None
+    remat: bool | None = None
+    shard: bool | None = None
+    log_every: int | None = None
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    keep: int | None = None
+
+    def of(self, recipe: bigs.Recipe, groups: str | None, seed: int) -> bigs.Recipe:
+        """The recipe with these changes, the named groups and the seed."""
+        given = {
+            field: value for field, value in asdict(self).items() if value is not None
+        }
+        return replace(
+            recipe,
+            seed=seed,
+            **given,
+            **(bigs.choose(bigs.GROUPS, "groups", groups) if groups else {}),
+        )
+
+
+def model_for(
+    config: bigs.Config, model: str | None, length: int, dtype: str
+) -> tuple[bigs.Config, bigs.BiGS | None]:
+    """The config of a run, and the model that it starts from if there is one."""
+    if model is None:
+        return replace(config, dtype=dtype, max_position_embeddings=length), None
+    start = bigs.extend(bigs.from_pretrained(model, "masked_lm"), length)
+    if start.config.vocab_size != config.vocab_size:
+        raise bigs.UserError(
+            f"vocabulary: {config.vocab_size} pieces, but {model} has"
+            f" {start.config.vocab_size}; leave it out"
+        )
+    start = bigs.changed(
+        start,
+        {},
+        dtype=dtype,
+        mask_padding=True,
+        hidden_dropout_prob=config.hidden_dropout_prob,
+    )
+    return start.config, start
+
+
+def command_pretrain(
+    output: Path,
+    reading: Reading,
+    changes: Changes,
+    size: str = "mini",
+    recipe: str = "documented",
+    model: str | None = None,
+    groups: str | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    distributed: str = "",
+    json: Path | None = None,
+) -> None:
+    """Pretrain a model by masked language modelling.
+
+    Args:
+        output: folder for checkpoints, log and the finished model.
+        size: tiny, boxed, mini, base or large (the paper's, 23 layers of 1024).
+        recipe: documented (the authors' run: 100,000 steps of 1048 x 128), short,
+            medium or full (the paper's 11, 29 and 97 billion tokens), longer (their
+            10,000 steps at 512), demonstration (minutes on a CPU), boxed (hours on a
+            CPU) or quarter-hour.
+        model: folder or hub name of a model to go on from, its size and vocabulary
+            included.
+        groups: published (one rate, decay on the SSMs, too) or annotated (twice the
+            rate, no decay there); default: the recipe's.
+        precision: of products, float32 or bfloat16; default: bfloat16 but on a CPU (the
+            paper: float32).
+        seed: decides the start, the masks and the order of the text.
+        resume: go on with the run in the output folder, if there is one.
+        distributed: auto on a TPU pod, or host:port,count,index for each of several
+            processes.
+        json: also add the log of the finished run to this file, under the name of the
+            output folder.
+    """
+    config, plan = (
+        bigs.choose(bigs.SIZES, "size", size),
+        changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), groups, seed),
+    )
+    if precision is not None:
+        bigs.choose({"float32": 0, "bfloat16": 0}, "precision", precision)
+    join_processes(distributed)
+    print(
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+        f" ({jax.default_backend()})",
+        file=sys.stderr,
+    )
+    jax.config.update(
+        "jax_compilation_cache_dir", str((bigs.RUNS / "compiled").resolve())
+    )
+    data = reading.dataset(plan.length, model)
+    dtype = precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config, start = model_for(
+        replace(config, vocab_size=len(data.tokenizer)), model, plan.length, dtype
+    )
+    with leaving_on_request() as asked:
+        loss = bigs.fast_loss_of(plan)
+        run = bigs.pretrain(config, plan, data, output, resume, start, asked, loss)
+    last = run.history[-1]
+    if last["step"] < plan.steps:
+        print(
+            f"{output}: stopped at step {last['step']} of {plan.steps}; go on with"
+            " --resume"
+        )
+        raise SystemExit(143)  # as after a SIGTERM that nobody caught
+    print(f"{output}: held-out loss {last['heldout']:.3f} after {plan.steps} steps")
+    if json is not None:
+        about = {
+            "size": model or size,
+            "parameters": bigs.parameters(config),
+            "vocabulary": config.vocab_size,
+            "text": data.source,
+            "rows": len(data.train.tokens),
+        }
+        bigs.keep_results(
+            json,
+            **{output.name: about | {"recipe": asdict(plan), "history": run.history}},
+        )
+
+
+def command_export(run: Path, output: Path, compact: bool = False) -> None:
+    """Write the last checkpoint of a run, finished or not, as a model in the published
+    format.
+
+    Args:
+        run: folder of a run of pretrain; it may still be going on.
+        output: folder for the model.
+        compact: matrices in bfloat16; half the size, but the authors' code reads
+            float32 only.
+    """
+    *_, (step, model) = bigs.states_of(run)
+    bigs.export(model, output, bigs.load_tokenizer(run), compact)
+    print(f"{output}: the model after {step} steps")
+
+
+def command_inspect(
+    model: str = str(bigs.BOXED),
+    finetuned: str | None = None,
+    run: Path | None = None,
+    heldout: tuple[str, ...] = (),
+    output: Path | None = None,
+) -> None:
+    """Read a model's kernels: where they look, what moved them, and what the model
+    loses without them.
+
+    Args:
+        model: folder or hub name of a model with SSMs; default: the model in
+            data/bigs-mini.
+        finetuned: the same model after fine-tuning.
+        run: the run of pretrain that made it, for the start and the way.
+        heldout: texts that it has not read, to measure the loss on, with all kernels
+            and without.
+        output: folder for kernels.npz and reading.json.
+    """
+    network, tokenizer = (
+        bigs.from_pretrained(model, "masked_lm"),
+        bigs.load_tokenizer(model),
+    )
+    found = (studies.way_of(run) if run else {}) | {
+        "pretrained": bigs.kernels_of(network)
+    }
+    if finetuned:
+        found["finetuned"] = bigs.kernels_of(pretrained_model(finetuned))
+    bigs.print_reading(found.get("start"), found["pretrained"])
+    way = (
+        [found[name] for name in ("tokens", "spread", "sizes")] if run else [[], [], []]
+    )
+    for tokens, spread, sizes in zip(*way, strict=True):
+        print(
+            f"{tokens / 1e6:8,.1f} million tokens: the output spreads by {spread:,.1f};"
+            " W_o of the layers " + ", ".join(f"{size:.3f}" for size in sizes)
+        )
+    for change, layer, side in (
+        bigs.movement(found["pretrained"], found["finetuned"])[:3] if finetuned else []
+    ):
+        print(
+            f"layer {layer}, {('forward', 'backward')[side]}: {finetuned} moved it by"
+            f" {change:.1%} of its norm"
+        )
+    losses = {
+        Path(text).name: studies.losses_without(network, tokenizer, text)
+        for text in heldout
+    }
+    if losses:
+        bigs.print_silenced(losses)
+    if output is not None:
+        with bigs.write_folder_whole(output) as part:
+            np.savez_compressed(part / "kernels.npz", **found)
+            bigs.keep_results(part / "reading.json", losses=losses)
+
+
+def command_compare(
+    reading: Reading,
+    size: str = "tiny",
+    variants: tuple[str, ...] = tuple(bigs.VARIANTS),
+    seeds: int = 3,
+    steps: int = 500,
+    batch: int = 32,
+    output: Path = bigs.RUNS / "compare",
+    json: Path | None = None,
+) -> None:
+    """Pretrain variants of one recipe with several seeds and compare their held-out
+    losses; resumes if killed.
+
+    Args:
+        size: tiny, boxed, mini, base or large.
+        variants: which to run; differences are to the first.
+        seeds: runs of each variant.
+        steps: steps of a run.
+        batch: rows of 128 tokens in a batch.
+        output: folder for the runs.
+        json: also write the losses to this file.
+    """
+    for variant in variants:
+        bigs.choose(bigs.VARIANTS, "variants", variant)
+    recipe = bigs.Recipe(
+        steps=steps, batch=batch, learning_rate=1e-3, evaluate_every=steps
+    )
+    data = reading.dataset(recipe.length)
+    config = replace(
+        bigs.choose(bigs.SIZES, "size", size), vocab_size=len(data.tokenizer)
+    )
+    losses = studies.compare_variants(config, recipe, data, variants, seeds, output)
+    bigs.print_variants(losses)
+    if json is not None:
+        epochs = recipe.tokens / (len(data.train.tokens) * recipe.length)
+        names = (
+            ", ".join(Path(source).name for source in reading.corpus)
+            or "embedded English"
+        )
+        bigs.keep_results(
+            json,
+            losses=losses,
+            corpus=names,
+            size=size,
+            tokens=recipe.tokens,
+            epochs=round(epochs, 2),
+        )
+
+
+def command_fill_mask(
+    text: str, /, model: str = str(bigs.BOXED), top: int = 10
+) -> None:
+    """Show the likeliest words for every [MASK] of a text.
+
+    Args:
+        text: a text with at least one [MASK].
+        model: folder or hub name, e.g. JunxiongWang/BiGS_128; default: the model in
+            data/bigs-mini.
+        top: how many words.
+    """
+    import warnings
+
+    if top < 1:
+        raise bigs.UserError(f"top: {top} is not positive")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*drawn anew", UserWarning)
+            network, tokenizer = (
+                bigs.from_pretrained(model, "masked_lm"),
+                bigs.load_tokenizer(model),
+            )
+    except UserWarning:
+        raise bigs.UserError(
+            f"{model}: this model has no head for masked words; give one that was"
+            " pretrained"
+        ) from None
+    for number, words in enumerate(bigs.fill_mask(network, tokenizer, text, top), 1):
+        print(f"[MASK] {number}")
+        for word, p in words:
+            print(f"  {word:20s}{p:9.4%}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings of fine-tuning; with several values of one, the best combination is
+    searched first.
+
+    Args:
+        learning_rate: its peak (the paper: 1e-5 to 6e-5); default: 3e-5 at a width of
+            1024, in inverse proportion.
+        weight_decay: of all but biases and scales (the paper: 0.01 or 0.1).
+        batch: examples in a batch (the paper: 16 or 32).
+        epochs: times that the training set is read (the paper: 3, 5 or 8).
+    """
+
+    learning_rate: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    batch: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
+
+    def tunings(self, search: bool, width: int, **changes: Any) -> list[bigs.Tuning]:
+        """All combinations; what is not given is usual, or the paper's whole grid where
+        that is to be searched.
+        """
+        usual = asdict(bigs.Tuning(learning_rate=3e-5 * 1024 / width))
+        given = [
+            getattr(self, field) or (bigs.GRID[field] if search else (usual[field],))
+            for field in bigs.GRID
+        ]
+        return [
+            bigs.Tuning(**dict(zip(bigs.GRID, values, strict=True)), **changes)
+            for values in itertools.product(*given)
+        ]
+
+
+def starting_point(model: str, start: str | None, name: str, output: Path) -> str:
+    """The folder that a task starts from: the model, or, for some tasks, one fine-tuned
+    on another task.
+    """
+    after = bigs.GLUE[name].after
+    if after and start:
+        return start
+    if after:
+        bigs.finish_writing(output / after)
+    return (
+        str(output / after)
+        if after and (output / after / "config.json").exists()
+        else model
+    )
+
+
+def finetuned_task(
+    name: str,
+    splits: dict[str, glue.Texts],
+    origin: str,
+    grid: Grid,
+    search: bool,
+    freeze_kernels: bool,
+    variants: tuple[str, ...],
+    seeds: int,
+    output: Path,
+) -> dict[str, Any]:
+    """The runs of one task in its folder, which belongs to one model, text and grid;
+    their `summary`.
+    """
+    network, tokenizer = pretrained_model(origin, None), bigs.load_tokenizer(origin)
+    tunings = grid.tunings(
+        search, network.config.hidden_size, freeze_kernels=freeze_kernels
+    )
+    weights = corpora.fingerprint(
+        *(
+            zlib.crc32(np.asarray(leaf).tobytes())
+            for _, leaf in bigs.named_parameters(network)
+        )
+    )
+
+    def whole(texts):
+        return (
+            f"{texts.texts} {None if texts.labels is None else texts.labels.tolist()}"
+        )
+
+    data = corpora.fingerprint(
+        *(f"{split} {whole(texts)}" for split, texts in splits.items())
+    )
+    settings = {
+        "model": {"model": f"{Path(origin).name} ({weights})"},
+        "data": {"data": data},
+        "grid": {
+            field: sorted({asdict(tuning)[field] for tuning in tunings})
+            for field in asdict(tunings[0])
+        },
+    }
+    with bigs.claimed(output / name, settings, True):
+        tuning = glue.searched(
+            name, splits, network, tokenizer, tunings, variants, output / name
+        )
+        records = glue.run_task(
+            name, splits, network, tokenizer, tuning, variants, seeds, output / name
+        )
+    return {"model": origin} | glue.summary(name, records, splits)
+
+
+def command_finetune(
+    output: Path,
+    grid: Grid,
+    task: tuple[str, ...] = ("pairs",),
+    model: str = str(bigs.BOXED),
+    data: Path | None = None,
+    seeds: int = 1,
+    start: str | None = None,
+    search: bool = False,
+    freeze_kernels: bool = False,
+    variants: tuple[str, ...] = ("pretrained",),
+    json: Path | None = None,
+) -> None:
+    """Fine-tune a model on tasks of GLUE; finished runs in the output folder are kept.
+
+    Args:
+        output: folder for models, records of runs, and answers to the test sets.
+        task: mnli, qnli, qqp, rte, sst2, mrpc, cola, stsb, wnli, all, or pairs, which
+            need no download.
+        model: folder or hub name of a pretrained model; default: the model in
+            data/bigs-mini.
+        data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
+        seeds: runs of each task (the paper: 6).
+        start: model fine-tuned on mnli, from which rte, mrpc and stsb start; default:
+            that of the output folder.
+        search: search the paper's grid where no values are given.
+        freeze_kernels: leave the SSMs as they are.
+        variants: pretrained, not pretrained, padded (to the full length), frozen
+            kernels; what to compare.
+        json: also write a summary to this file.
+    """
+    for field, table, given in (
+        ("task", bigs.GLUE | {"all": None}, task),
+        ("variants", glue.GLUE_VARIANTS, variants),
+    ):
+        for name in given:
+            bigs.choose(table, field, name)
+    names = [
+        name for name in bigs.GLUE if name in task or "all" in task and name != "pairs"
+    ]
+    if seeds < 1:
+        raise bigs.UserError(f"seeds: {seeds} is not positive")
+    jax.config.update(
+        "jax_compilation_cache_dir", str((bigs.RUNS / "compiled").resolve())
+    )
+    found, texts = {}, {name: glue.task_texts(name, data) for name in names}
+    for name, splits in texts.items():
+        if missing := [
+            split
+            for split in ("train", "dev")
+            if not any(s.startswith(split) for s in splits)
+        ]:
+            if len(names) == 1:
+                raise bigs.UserError(
+                    f"data: there is no {missing[0]} set of {name} in"
+                    f" {data or glue.HUB}; fetch it"
+                )
+            print(
+                f"{name}: left out, there is no {missing[0]} set in {data or glue.HUB}",
+                file=sys.stderr,
+            )
+            continue
+        origin = starting_point(model, start, name, output)
+        found[name] = finetuned_task(
+            name, splits, origin, grid, search, freeze_kernels, variants, seeds, output
+        )
+        bigs.keep_results(output / "results.json", **found)
+    if not found:
+        raise bigs.UserError(
+            f"data: no task has both a train and a dev set in {data or glue.HUB}"
+        )
+    bigs.print_glue(found)
+    if json is not None:
+        bigs.keep_results(json, **found)
+
+
+def command_benchmark(
+    size: str = "tiny",
+    lengths: tuple[int, ...] = (),
+    tokens: int = 2048,
+    repeats: int = 5,
+    kinds: tuple[str, ...] = benchmark.KINDS,
+    json: Path | None = None,
+    tpu: str | None = None,
+    published: bool = False,
+) -> None:
+    """Time no routing, FFT, Toeplitz, blocks and attention on this device, or estimate
+    them for a TPU.
+
+    Args:
+        size: tiny, boxed, mini, base or large (the paper's); with --tpu always large.
+        lengths: tokens of a text; default: 128 to 8192, doubling.
+        tokens: tokens in a batch, unless one text is longer.
+        repeats: rounds of which the median is taken.
+        kinds: what to time; whole models of size large need an accelerator.
+        json: also write the results to this file.
+        tpu: compile for one device of a TPU without having one: v3, v4, v5e or v6e
+            (needs the package libtpu).
+        published: time a pretraining step the published way and ours instead, and what
+            each change gains.
+    """
+    config, lengths = (
+        bigs.choose(bigs.SIZES, "size", size),
+        lengths or tuple(2**k for k in range(7, 14)),
+    )
+    for kind in kinds:
+        bigs.choose({kind: kind for kind in benchmark.KINDS}, "kinds", kind)
+    if min(*lengths, tokens, repeats) < 1:
+        raise bigs.UserError("lengths, tokens, repeats: must be at least 1")
+    if published:
+        recipe = bigs.Recipe(batch=max(1, tokens // 128))
+        results = {
+            "size": size,
+            "batch": recipe.batch,
+            "steps": benchmark.factor_speeds(config, recipe, repeats),
+        }
+        for kind, found in results["steps"].items():
+            print(
+                f"{kind:42s}{found['speed']:6.2f} x"
+                f" {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}"
+            )
+    elif tpu is not None:
+        results = {
+            "rows": layers_on_tpu(tpu, lengths),
+            "memory": steps_on_tpu(tpu),
+        }
+        for row in results["memory"]:
+            print(
+                f"{row['what']:32s}"
+                + (
+                    "does not fit"
+                    if row["gigabytes"] is None
+                    else f"{row['gigabytes']:6.2f} of {row['available']:.0f} GB"
+                )
+            )
+    else:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        results = {
+            "size": size,
+            "rows": benchmark.benchmark(
+                replace(config, dtype=dtype), lengths, tokens, repeats, kinds
+            ),
+        }
+    if not published:
+        benchmark.print_benchmark(results["rows"])
+    if json is not None:
+        bigs.keep_results(json, **results)
+
+
+COMMANDS = {
+    "figures": command_figures,
+    "pretrain": command_pretrain,
+    "export": command_export,
+    "inspect": command_inspect,
+    "compare": command_compare,
+    "finetune": command_finetune,
+    "fill-mask": command_fill_mask,
+    "benchmark": command_benchmark,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command.
+
+    >>> main(["pretrain", "--output", "runs/x", "--size", "huge"])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
+    import tyro
+
+    bigs.keep_memory()
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="annotated_bigs.py",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except (bigs.UserError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

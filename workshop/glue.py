@@ -1,0 +1,451 @@
+"""GLUE around the fine-tuning of the story: its files and its data sets on the hub,
+runs of tasks over seeds and grids, records, and answers for the server.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import annotated_bigs as bigs
+from workshop import corpora
+
+COLA = (
+    "source",
+    "label",
+    "mark",
+    "sentence",
+)  # CoLA's files for training and development have no header
+
+
+RAGGED = ("QQP",)
+
+
+def check_header(file: Path, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """UserError unless each wanted column stands in the header once."""
+    for name in wanted:
+        if names.count(name) != 1:
+            raise bigs.UserError(
+                f"{file}, line 1: {names.count(name)} columns {name!r}, but the header"
+                " of this file should have one; restore the header, or fetch the file"
+                " again"
+            )
+
+
+def read_tsv(
+    file: Path, wanted: tuple[str, ...], header: tuple[str, ...] = (), rows: int = 0
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line number and wanted columns of each row; the header is the file's first line
+    unless it is given.
+
+    Raises UserError that names the line for a row of another width, a header that is
+    missing or repeated, and an end in the middle of a line; official files of so many
+    rows may lack the last line feed.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "dev.tsv"
+    >>> _ = file.write_text('index\\tsentence\\n0\\tA "first" one\\n1\\n')
+    >>> list(read_tsv(file, ("sentence",)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: .../dev.tsv, line 3: 1 columns instead of 2; ...
+    """
+    names, number, line, short, found = header, 0, "\n", 0, []
+    for number, line in enumerate(text_lines(file), 1):
+        cells = tuple(line.rstrip("\r\n").split("\t"))
+        if not names:
+            names = cells
+            check_header(file, names, wanted)
+        elif cells == names:
+            raise bigs.UserError(
+                f"{file}, line {number}: the header again; delete the line"
+            )
+        elif len(cells) == len(names):
+            found.append((number, tuple(cells[names.index(name)] for name in wanted)))
+        elif file.parent.name in RAGGED:
+            short += 1
+        else:
+            raise bigs.UserError(
+                f"{file}, line {number}: {len(cells)} columns instead of {len(names)};"
+                " restore the line, or fetch the file again"
+            )
+    if not found:
+        raise bigs.UserError(f"{file}: there is no row in it; fetch the file again")
+    if not line.endswith("\n") and len(found) != rows:
+        raise bigs.UserError(
+            f"{file}, line {number}: the file ends within this line; fetch it again, or"
+            " end the line with a line feed if it is whole"
+        )
+    if short or rows not in (0, len(found)):
+        print(
+            f"{file}: {len(found)} rows"
+            + (f", the official file has {rows}" if rows else "")
+            + (f"; {short} broken lines were skipped" if short else ""),
+            file=sys.stderr,
+        )
+    yield from found
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, compressed or not; UserError says after which line it
+    cannot be read.
+    """
+    number = 0
+    try:
+        with corpora.open_text(file, newline="\n") as text:
+            for line in text:
+                number += 1
+                yield line
+    except UnicodeDecodeError:
+        raise bigs.UserError(
+            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
+        ) from None
+    except (OSError, EOFError, zlib.error, corpora.lzma_error()) as error:
+        raise bigs.UserError(
+            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
+        ) from None
+
+
+class Texts(NamedTuple):
+    """A split of a task: texts or pairs, and their labels; None in a test set."""
+
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray | None
+
+
+def label_of(task: bigs.Task, word: str) -> int | float:
+    """The number of a label, or a score between 0 and 5; ValueError says what it should
+    be.
+
+    >>> label_of(bigs.GLUE["mnli"], "neutral"), label_of(bigs.GLUE["stsb"], "3.8")
+    (1, 3.8)
+    """
+    if task.labels:
+        if word not in task.labels:
+            raise ValueError(f"{word!r} should be one of {', '.join(task.labels)}")
+        return task.labels.index(word)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(word) <= 5:
+            return float(word)
+    raise ValueError(f"{word!r} should be a number from 0 to 5")
+
+
+def official_split(name: str, split: str, data: Path) -> Texts | None:
+    """A split of a task from its official file, plain or compressed, or None if there
+    is no such file.
+    """
+    task, tested = bigs.GLUE[name], split.startswith(("test", "diagnostic"))
+    pattern = (
+        "*/diagnostic.tsv*" if split == "diagnostic" else f"{task.folder}/{split}*.tsv*"
+    )
+    if not (files := sorted(data.glob(pattern))):
+        return None
+    header = COLA if name == "cola" and not tested else ()
+    texts, labels = [], []
+    wanted = task.texts + (() if tested else (task.label,))
+    for number, row in read_tsv(files[0], wanted, header, task.rows.get(split, 0)):
+        texts.append(row[: len(task.texts)])
+        try:
+            labels.append(None if tested else label_of(task, row[-1]))
+        except ValueError as error:
+            raise bigs.UserError(
+                f"{files[0]}, line {number}: {task.label} {error}; restore the line"
+            ) from None
+    return Texts(texts, None if tested else np.array(labels))
+
+
+HUB = "nyu-mll/glue"
+
+
+HUB_TEXTS = {
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": bigs.PAIR,
+    "ax": ("premise", "hypothesis"),
+}
+
+
+def hub_split(name: str, split: str) -> Texts | None:
+    """A split of a task from the hub, through `datasets`."""
+    import datasets
+
+    which, columns = (
+        ("ax", "test")
+        if split == "diagnostic"
+        else (name, split.replace("dev", "validation"))
+    )
+    try:
+        table = datasets.load_dataset(HUB, which, split=columns)
+    except Exception as error:
+        if isinstance(error, ValueError) and "split" in str(error).lower():
+            return None
+        raise bigs.UserError(
+            f"data: {HUB} cannot be had ({type(error).__name__}); pass the folder of"
+            " GLUE's official files with --data, or take --task pairs, which are made"
+            " of installed documentation"
+        ) from None
+    texts = zip(
+        *(table[column] for column in HUB_TEXTS.get(which, bigs.GLUE[name].texts)),
+        strict=True,
+    )
+    return Texts(list(texts), None if "test" in columns else np.array(table["label"]))
+
+
+@functools.cache
+def task_texts(name: str, data: Path | None) -> dict[str, Texts]:
+    """All splits of a task that are there, from a folder or the hub; or the embedded
+    pairs.
+    """
+    if name == "pairs":
+        pairs = dict(zip(("train", "dev"), bigs.pair_task(), strict=True))
+        return {
+            split: Texts([p[:2] for p in own], np.array([p.label for p in own]))
+            for split, own in pairs.items()
+        }
+    if data is not None and not data.is_dir():
+        raise bigs.UserError(
+            f"data: {data} is no folder; pass the one that holds CoLA, SST-2 and the"
+            " others"
+        )
+    splits = {"train": 0, "dev": 0, "test": 0} | bigs.GLUE[name].rows
+    splits = [
+        split for split in splits if name != "mnli" or split not in ("dev", "test")
+    ]
+    found = {
+        split: official_split(name, split, data) if data else hub_split(name, split)
+        for split in splits
+    }
+    return {split: texts for split, texts in found.items() if texts is not None}
+
+
+def no_skill(task: bigs.Task, train: Texts, dev: Texts) -> dict[str, float]:
+    """The score of a uniform guess, on average of 100, and of the commonest label or
+    the mean of the training set.
+
+    >>> train, dev = Texts([], np.array([1, 1, 0])), Texts([], np.array([1, 0, 1, 1]))
+    >>> no_skill(bigs.GLUE["sst2"], train, dev)["majority"]
+    0.75
+    """
+    rng, n, k = np.random.default_rng(0), len(dev.labels), max(1, len(task.labels))
+    guesses = [rng.random((n, k), np.float32) for _ in range(100)]
+    usual = (
+        np.bincount(train.labels, minlength=k)
+        if task.labels
+        else np.array([train.labels.mean()])
+    )
+
+    def score(outputs):
+        return bigs.task_scores(task, outputs, dev.labels)[task.metrics[0]]
+
+    return {
+        "chance": float(np.mean([score(guess) for guess in guesses])),
+        "majority": score(np.tile(usual.astype(np.float32), (n, 1))),
+    }
+
+
+GLUE_VARIANTS = {
+    "pretrained": {},
+    "not pretrained": {},
+    "padded": {"cut": False},
+    "frozen kernels": {"freeze_kernels": True},
+}
+
+
+def tune(
+    name: str,
+    splits: dict[str, Texts],
+    start: bigs.BiGS,
+    tokenizer,
+    tuning: bigs.Tuning,
+    variant: str,
+    seed: int,
+) -> tuple[dict[str, Any], bigs.BiGS]:
+    """Fine-tune on a task: a record of the run, and the model that scored best on the
+    development set.
+    """
+    task, most = bigs.GLUE[name], start.config.max_position_embeddings
+    encoded = {
+        split: bigs.encode(texts.texts, texts.labels, tokenizer, most)
+        for split, texts in splits.items()
+        if texts.labels is not None
+    }
+    tests = {split: examples for split, examples in encoded.items() if split != "train"}
+    first, train = next(iter(tests.values())), encoded["train"]
+    if variant == "not pretrained":
+        start = bigs.BiGS(start.config, seed=seed)
+    tuning, model = (
+        replace(tuning, **GLUE_VARIANTS[variant]),
+        bigs.classifier_on(
+            start,
+            bigs.Examples(*(a[:64] for a in train)),
+            seed,
+            max(1, len(task.labels)),
+        ),
+    )
+
+    def score(model):
+        return bigs.task_scores(task, bigs.predict(model, first), first.labels)[
+            task.metrics[0]
+        ]
+
+    began = time.perf_counter()
+    tuned = bigs.finetune(model, train, tuning, seed, score)
+    seconds = time.perf_counter() - began
+    both = {"best": tuned.best, "last": tuned.last}
+    scores = {
+        kind: {
+            split: bigs.task_scores(
+                task, bigs.predict(model, examples), examples.labels
+            )
+            for split, examples in tests.items()
+        }
+        for kind, model in both.items()
+    }
+    return {
+        "task": name,
+        "variant": variant,
+        "seed": seed,
+        "tuning": asdict(tuning),
+        "seconds": round(seconds, 1),
+        "examples": {split: len(texts.texts) for split, texts in splits.items()},
+        "evaluations": tuned.scores,
+        **scores,
+        "measured": bigs.circumstances(),
+    }, tuned.best
+
+
+ANSWERS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
+
+
+def write_answers(
+    name: str, splits: dict[str, Texts], model: bigs.BiGS, tokenizer, folder: Path
+) -> None:
+    """One file for each test set: the number of a row, a tab, its label or score."""
+    task = bigs.GLUE[name]
+    for split, (texts, labels) in splits.items():
+        if labels is None:
+            examples = bigs.encode(
+                texts,
+                np.zeros(len(texts), np.int32),
+                tokenizer,
+                model.config.max_position_embeddings,
+            )
+            outputs = bigs.predict(model, examples)
+            words = (
+                [task.labels[i] for i in outputs.argmax(1)]
+                if task.labels
+                else [f"{score:.3f}" for score in outputs[:, 0].clip(0, 5)]
+            )
+            file = folder / f"{ANSWERS.get(split, task.folder)}.tsv"
+            lines = [f"{i}\t{word}\n" for i, word in enumerate(words)]
+            with bigs.write_whole(file) as part:
+                part.write_text("index\tprediction\n" + "".join(lines))
+
+
+def run_task(
+    name: str,
+    splits: dict[str, Texts],
+    start: bigs.BiGS,
+    tokenizer,
+    tuning: bigs.Tuning,
+    variants: tuple[str, ...],
+    seeds: int,
+    output: Path,
+    keep: bool = True,
+) -> list[dict[str, Any]]:
+    """All runs of a task that are not done yet; the records of all of them."""
+    first, records = variants[0].replace(" ", "-"), []
+    best = max(
+        (
+            max(json.loads(file.read_text())["evaluations"])
+            for file in output.glob(f"{first}-*.json")
+        ),
+        default=-np.inf,
+    )
+    for seed, variant in itertools.product(range(seeds), variants):
+        file = output / f"{variant.replace(' ', '-')}-{seed}.json"
+        if not file.exists():
+            record, model = tune(name, splits, start, tokenizer, tuning, variant, seed)
+            if keep and variant == variants[0] and max(record["evaluations"]) > best:
+                best = max(record["evaluations"])
+                bigs.save_pretrained(model, output, tokenizer=tokenizer)
+                write_answers(name, splits, model, tokenizer, output.parent / "answers")
+            with bigs.write_whole(file) as part:
+                part.write_text(json.dumps(record, indent=1))
+        records.append(json.loads(file.read_text()))
+    return records
+
+
+def searched(
+    name: str,
+    splits: dict[str, Texts],
+    start: bigs.BiGS,
+    tokenizer,
+    tunings: list[bigs.Tuning],
+    variants: tuple[str, ...],
+    output: Path,
+) -> bigs.Tuning:
+    """The best of several settings on the development set, by one run each."""
+    if len(tunings) == 1:
+        return tunings[0]
+    found = []
+    for tuning in tunings:
+        folder = (
+            output
+            / "search"
+            / "-".join(f"{value:g}" for value in asdict(tuning).values())
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (record,) = run_task(
+            name, splits, start, tokenizer, tuning, variants[:1], 1, folder, keep=False
+        )
+        found.append(max(record["evaluations"]))
+        print(
+            f"{name:6s}"
+            + ", ".join(f"{key} {asdict(tuning)[key]:g}" for key in bigs.GRID)
+            + f": {found[-1]:.3f}"
+        )
+    return tunings[int(np.argmax(found))]
+
+
+def summary(
+    name: str, records: list[dict[str, Any]], splits: dict[str, Texts]
+) -> dict[str, Any]:
+    """What the runs of a task found: scores by variant, seed by seed, and those of no
+    skill.
+    """
+    task, dev = (
+        bigs.GLUE[name],
+        next(split for split in splits if split.startswith("dev")),
+    )
+    table = {}
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        own = [record for record in records if record["variant"] == variant]
+        table[variant] = {
+            "seconds": [r["seconds"] for r in own],
+            "tuning": own[0]["tuning"],
+        }
+        table[variant] |= {
+            kind: {
+                split: {
+                    metric: [r[kind][split][metric] for r in own]
+                    for metric in task.metrics
+                }
+                for split in own[0][kind]
+            }
+            for kind in ("best", "last")
+        }
+    return {
+        "examples": records[0]["examples"],
+        "dev": dev,
+        "metric": task.metrics[0],
+        "no skill": no_skill(task, splits["train"], splits[dev]),
+        "variants": table,
+    }
