@@ -350,7 +350,10 @@ def finish_writing(folder: Path) -> None:
 # and words for those who cannot see it; `show` writes it to a folder and, in a notebook, displays it.
 
 # %%
-INK, RED, BLUE, GREY = "#222222", "#c0392b", "#2e6da4", "#9a9a9a"
+INK = "#222222"
+RED = "#c0392b"
+BLUE = "#2e6da4"
+GREY = "#9a9a9a"
 
 
 def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callable]:
@@ -362,7 +365,9 @@ def figure(*, name: str, alt: str, caption: str) -> Callable[[Callable], Callabl
     """
 
     def mark(draw: Callable) -> Callable:
-        draw.name, draw.alt, draw.caption = name, alt, caption
+        draw.name = name
+        draw.alt = alt
+        draw.caption = caption
         return draw
 
     return mark
@@ -437,7 +442,9 @@ def circumstances() -> dict[str, str]:
         p: importlib.metadata.version(p)
         for p in ("jax", "flax", "optax", "transformers")
     }
-    arguments = sys.argv[1:] if Path(sys.argv[0]).name == "annotated_bigs.py" else []
+    program = Path(sys.argv[0])
+    is_ours = program.name == "annotated_bigs.py" or program.parent.name == "workshop"
+    arguments = sys.argv[1:] if is_ours else []
     command = shlex.join(["python", "annotated_bigs.py", *arguments])
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -741,7 +748,8 @@ def spring_exact(t: np.ndarray, omega: float) -> np.ndarray:
     """
     A, B, C = SPRING
     poles, modes = np.linalg.eig(A)
-    write, read = np.linalg.solve(modes, B.astype(complex)), C @ modes
+    write = np.linalg.solve(modes, B.astype(complex))
+    read = C @ modes
 
     def forced(w):
         return (np.exp(1j * w * t) - np.exp(np.outer(poles, t))) / (1j * w - poles)[
@@ -1117,7 +1125,8 @@ class SSM(nnx.Module):
         self.A_im = nnx.Param(jnp.asarray(A.imag, jnp.float32))
         self.C = nnx.Param(np.sqrt(0.5) * jax.random.normal(rngs.params(), (N, 2)))
         self.D = nnx.Param(jnp.ones(1))
-        low, high = np.log(0.01), np.log(1.0)
+        low = np.log(0.01)
+        high = np.log(1.0)
         self.log_step = nnx.Param(
             jax.random.uniform(rngs.params(), (1,), minval=low, maxval=high)
         )
@@ -2868,12 +2877,10 @@ def from_pretrained(
     def create():
         return BiGS(replace(config, **changes), task or own_task or "masked_lm")
 
-    (file, tree), model, values, missing = (
-        read_tree(folder),
-        jax.eval_shape(create),
-        {},
-        [],
-    )
+    file, tree = read_tree(folder)
+    model = jax.eval_shape(create)
+    values = {}
+    missing = []
     words = "embeddings/word_embeddings/embedding"
     root = next(
         (name.removesuffix(words) for name in tree if name.endswith(words)), "s4_bert/"
@@ -3098,7 +3105,8 @@ SAYINGS = (
 
 @example
 def fill_some():
-    model, tokenizer = from_pretrained(), load_tokenizer()
+    model = from_pretrained()
+    tokenizer = load_tokenizer()
     for text in SAYINGS:
         print(
             text,
@@ -3175,10 +3183,8 @@ def docstrings(package: str) -> Iterator[Document]:
     spec = importlib.util.find_spec(package)
     root = Path(next(iter(spec.submodule_search_locations)))
     for file in sorted(root.rglob("*.py")):
-        module, source = (
-            file.relative_to(root.parent).as_posix(),
-            file.read_text("utf-8", "ignore"),
-        )
+        module = file.relative_to(root.parent).as_posix()
+        source = file.read_text("utf-8", "ignore")
         if "test" in module or '"""' not in source:
             continue
         stack = [ast.parse(source)]
@@ -3393,10 +3399,8 @@ def wordpiece(vocabulary: dict[str, int]):
     from transformers import PreTrainedTokenizerFast
 
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    pieces.normalizer, pieces.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
-    )
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pieces.decoder = decoders.WordPiece()
     pieces.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -3431,7 +3435,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 8192):
     """
     from tokenizers import normalizers, trainers
 
-    special, counts = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], Counter()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    counts = Counter()
     normalizer = normalizers.BertNormalizer()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
@@ -3491,11 +3496,9 @@ def packed(
     ... ]  # 9 tokens at a time
     [(2, 6), (2, 6), (2, 6), (3, 6)]
     """
-    stream, texts, separator = (
-        np.zeros(0, np.int32),
-        iter(texts),
-        tokenizer.sep_token_id,
-    )
+    stream = np.zeros(0, np.int32)
+    texts = iter(texts)
+    separator = tokenizer.sep_token_id
     while some := list(taken(texts, megabytes * 1e6)):
         lines = [
             (number, line)
@@ -3517,10 +3520,8 @@ def packed(
         ]
         stream = np.concatenate([stream, np.array(ids, np.int32)])
         rows = len(stream) // (L - 2)
-        body, stream = (
-            stream[: rows * (L - 2)].reshape(rows, L - 2),
-            stream[rows * (L - 2) :],
-        )
+        body = stream[: rows * (L - 2)].reshape(rows, L - 2)
+        stream = stream[rows * (L - 2) :]
         yield np.pad(
             np.pad(body, [(0, 0), (1, 0)], constant_values=tokenizer.cls_token_id),
             [(0, 0), (0, 1)],
@@ -5033,7 +5034,8 @@ class Journal:
     """
 
     def __init__(self, directory: Path, until: int):
-        self.file, self.writes = directory / "log.jsonl", jax.process_index() == 0
+        self.file = directory / "log.jsonl"
+        self.writes = jax.process_index() == 0
         self.history = [
             record for record in read_log(directory) if record["step"] <= until
         ]
@@ -5357,7 +5359,8 @@ def results() -> dict[str, Any]:
 )
 def loss_figure():
     drawing, ax = canvas(size=(8, 3))
-    recipe, history = RECIPES["demonstration"], results()["history"]
+    recipe = RECIPES["demonstration"]
+    history = results()["history"]
     for key, style in (
         ("loss", dict(color=GREY, lw=1)),
         ("heldout", dict(color=RED, marker="o", lw=1)),
@@ -5445,11 +5448,9 @@ class Task:
 # The nine tasks of GLUE, and ours:
 
 # %% tags=["appendix"]
-SAME, PAIR, ENTAILED = (
-    ("0", "1"),
-    ("sentence1", "sentence2"),
-    ("entailment", "not_entailment"),
-)
+SAME = ("0", "1")
+PAIR = ("sentence1", "sentence2")
+ENTAILED = ("entailment", "not_entailment")
 
 
 def split_sizes(*rows):
@@ -5879,7 +5880,9 @@ def finetune(
     """
     from tqdm import tqdm
 
-    most, key, scores = model.config.max_position_embeddings, jax.random.key(seed), []
+    most = model.config.max_position_embeddings
+    key = jax.random.key(seed)
+    scores = []
     lengths = (
         train.lengths
         if tuning.cut and model.config.mask_padding
@@ -5890,11 +5893,9 @@ def finetune(
             f"train: {len(lengths)} examples do not fill a batch of {tuning.batch}"
         )
     model = best = jax.tree.map(jnp.copy, model)
-    moments, step, steps = (
-        ADAM.init(model),
-        0,
-        tuning.epochs * (len(lengths) // tuning.batch),
-    )
+    moments = ADAM.init(model)
+    step = 0
+    steps = tuning.epochs * (len(lengths) // tuning.batch)
     with tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1) as bar:
         for epoch in range(tuning.epochs):
             for chosen in grouped(
@@ -5947,10 +5948,8 @@ def predict(
     ... )
     True
     """
-    most, order = (
-        model.config.max_position_embeddings,
-        np.argsort(examples.lengths, kind="stable"),
-    )
+    most = model.config.max_position_embeddings
+    order = np.argsort(examples.lengths, kind="stable")
     outputs = np.zeros((len(order), model.config.num_labels), np.float32)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -6054,10 +6053,8 @@ def overlap_baseline(train: list[Pair], test: list[Pair]) -> float:
     >>> overlap_baseline(pairs, pairs)
     1.0
     """
-    scores, labels = (
-        np.array([word_overlap(p) for p in train]),
-        np.array([p.label for p in train]),
-    )
+    scores = np.array([word_overlap(p) for p in train])
+    labels = np.array([p.label for p in train])
     cuts = np.unique(scores)
     best = cuts[np.argmax([((scores >= cut) == labels).mean() for cut in cuts])]
     return float(np.mean([(word_overlap(p) >= best) == p.label for p in test]))
@@ -6257,7 +6254,8 @@ def worth(task: str) -> tuple[float, float]:
     >>> points > 0 and deviations > 2
     True
     """
-    with_it, without = glue_scores(task), glue_scores(task, "not pretrained")
+    with_it = glue_scores(task)
+    without = glue_scores(task, "not pretrained")
     points = with_it.mean() - without.mean()
     return float(points), float(points / max(with_it.std(ddof=1), without.std(ddof=1)))
 
@@ -6344,7 +6342,8 @@ def kernels_of(model: BiGS) -> Float[np.ndarray, "layers 2 L"]:
         raise UserError(
             f"model: it routes by {model.config.routing}; only SSMs have kernels"
         )
-    L, layers = model.config.max_position_embeddings, model.encoder.layers
+    L = model.config.max_position_embeddings
+    layers = model.encoder.layers
     one = jax.jit(jax.vmap(lambda ssm: ssm_kernel(ssm.diagonal(), L)))
     return np.stack([one(layers.forward), one(layers.backward)], axis=1)
 
@@ -6409,7 +6408,8 @@ def draw_rows(stages: dict[str, Float[np.ndarray, "layers 2 L"]]):
     positions = np.arange(-10, 11)
     for column, (stage, kernels) in enumerate(stages.items()):
         for layer in range(layers):
-            ax, row = axes[layers - 1 - layer, column], around(kernels[layer])
+            ax = axes[layers - 1 - layer, column]
+            row = around(kernels[layer])
             ax.fill_between(
                 positions,
                 row,
@@ -6496,7 +6496,8 @@ def print_reading(
     learned = "" if start is None else "  correlation with step 0"
     print(f"layer  strongest position  reach into the past, the future{learned}")
     for layer in reversed(range(len(kernels))):
-        row, (past, future) = around(kernels[layer]), reaches(kernels)[layer]
+        row = around(kernels[layer])
+        past, future = reaches(kernels)[layer]
         old = (
             ""
             if start is None
@@ -6625,7 +6626,8 @@ def silenced(model: BiGS, which: Bool[np.ndarray, "layers 2"]) -> BiGS:
     >>> kernels_of(silenced(model, np.array([[True, False]]))).any(-1).tolist()
     [[False, True]]
     """
-    layers, values = model.encoder.layers, {}
+    layers = model.encoder.layers
+    values = {}
     for side, name in enumerate(("forward", "backward")):
         C = getattr(layers, name).C[...]
         values["encoder", "layers", name, "C"] = jnp.where(
@@ -6770,7 +6772,8 @@ def draw_pairs(
     ),
 )
 def finetuned_figure():
-    before, after = boxed_kernels()["pretrained"], boxed_kernels()["finetuned"]
+    before = boxed_kernels()["pretrained"]
+    after = boxed_kernels()["finetuned"]
     return draw_pairs(before, after, movement(before, after)[:3])
 
 
@@ -6978,10 +6981,10 @@ def pretrained() -> dict[str, Any]:
 @example
 def show_pretraining():
     for run in pretrained().values():
-        recipe, heldout = (
-            run["recipe"],
-            [record["heldout"] for record in run["history"] if "heldout" in record],
-        )
+        recipe = run["recipe"]
+        heldout = [
+            record["heldout"] for record in run["history"] if "heldout" in record
+        ]
         speeds = [
             record["tokens_per_second"] for record in run["history"] if "loss" in record
         ]
@@ -7396,10 +7399,8 @@ def show_variants():
 @example
 def lost_digits():
     A = np.complex64(-1e-4 + 1j * s4d_hippo(64).imag)
-    rate, phases = (
-        np.float32(0.1) * A,
-        np.exp(2j * np.pi * np.random.default_rng(0).random(64)),
-    )
+    rate = np.float32(0.1) * A
+    phases = np.exp(2j * np.pi * np.random.default_rng(0).random(64))
     ssm = DiagonalSSM(A, np.complex64(phases * A / np.expm1(rate)), np.float32(0.1))
     weights = ssm.C * np.asarray(discretize_diagonal(ssm)[1])
     print(
@@ -7407,7 +7408,8 @@ def lost_digits():
         " unwinding    unwound     blocks"
     )
     for L in (256, 2048, 16384):
-        age, impulse = np.arange(L), jnp.zeros((L, 1)).at[0].set(1)
+        age = np.arange(L)
+        impulse = jnp.zeros((L, 1)).at[0].set(1)
         true = (
             weights.astype(complex) @ np.exp(rate.astype(complex)[:, None] * age)
         ).real
@@ -7526,13 +7528,12 @@ def product_shapes(
     ... )
     1.0
     """
-    d, wide, tokens, places = (
-        config.hidden_size,
-        config.intermediate_size,
-        batch * L,
-        batch * masked_of(L),
-    )
-    layers, last = config.num_hidden_layers, int(unrolled(config.num_hidden_layers))
+    d = config.hidden_size
+    wide = config.intermediate_size
+    tokens = batch * L
+    places = batch * masked_of(L)
+    layers = config.num_hidden_layers
+    last = int(unrolled(config.num_hidden_layers))
     shapes = [(2 * layers, L, L, batch * d), (2 * last, tokens, d, d)]
     shapes += [(1, places, d, d), (1, places, d, config.vocab_size)]
     for n, rows, dense in (
@@ -7552,19 +7553,19 @@ def step_share(config: Config, recipe: Recipe, repeats: int = 5) -> dict[str, fl
     """Seconds of a training step and of its products alone, alternating, as medians of
     `repeats`.
     """
-    L, rng = recipe.length, np.random.default_rng(0)
+    L = recipe.length
+    rng = np.random.default_rng(0)
     rows = Rows(
         rng.integers(5, config.vocab_size, (recipe.batch, L)),
         config.vocab_size,
         4,
         (0, 2, 3),
     )
-    batch, state, step = (
-        batch_at(rows, recipe.batch, 0, 0),
-        fresh_state(config, recipe),
-        make_step(recipe),
-    )
-    product, shapes = jax.jit(jnp.matmul), product_shapes(config, recipe.batch, L)
+    batch = batch_at(rows, recipe.batch, 0, 0)
+    state = fresh_state(config, recipe)
+    step = make_step(recipe, fast_loss_of(recipe))
+    product = jax.jit(jnp.matmul)
+    shapes = product_shapes(config, recipe.batch, L)
     factors = [(jnp.ones((a, b)), jnp.ones((b, c))) for _, a, b, c in shapes]
     pairs = []
     for _ in range(repeats + 1):

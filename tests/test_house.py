@@ -4,6 +4,7 @@ commands.
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess

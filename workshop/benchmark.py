@@ -96,31 +96,25 @@ def planned_gigabytes(compiled) -> float:
 def compiled_program(what: str, config: bigs.Config, L: int, batch: int) -> Program:
     """One of KINDS, compiled for this device and for random input."""
     if what == "model, training":
-        recipe, rng = (
-            replace(bigs.RECIPES["demonstration"], batch=batch, length=L),
-            np.random.default_rng(0),
-        )
+        recipe = replace(bigs.RECIPES["demonstration"], batch=batch, length=L)
+        rng = np.random.default_rng(0)
         rows = bigs.Rows(
             rng.integers(5, config.vocab_size, (batch, L)),
             config.vocab_size,
             4,
             (0, 2, 3),
         )
-        function, inputs = (
-            bigs.make_step(recipe),
-            [
-                bigs.fresh_state(config, recipe),
-                bigs.batch_at(rows, batch, 0, 0),
-            ],
-        )
+        function = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
+        inputs = [
+            bigs.fresh_state(config, recipe),
+            bigs.batch_at(rows, batch, 0, 0),
+        ]
     else:
         x = jax.random.normal(
             jax.random.key(0), (L, batch, config.hidden_size), config.dtype
         )
-        function, inputs = (
-            jax.jit(layer_program(what, config)),
-            [bigs.one_layer(config, nnx.Rngs(0)), x],
-        )
+        function = jax.jit(layer_program(what, config))
+        inputs = [bigs.one_layer(config, nnx.Rngs(0)), x]
     start = time.perf_counter()
     compiled = function.lower(*inputs).compile()
     seconds = time.perf_counter() - start
@@ -159,12 +153,11 @@ def benchmark(
     """
     from tqdm.auto import tqdm
 
-    cases, found = [(L, what) for L in lengths for what in kinds], []
+    cases = [(L, what) for L in lengths for what in kinds]
+    found = []
     for L, what in tqdm(cases, unit="case"):
-        routes, batch = (
-            bigs.ROUTES[1:4] if what == "convolution, forward" else bigs.ROUTES,
-            max(1, tokens // L),
-        )
+        routes = bigs.ROUTES[1:4] if what == "convolution, forward" else bigs.ROUTES
+        batch = max(1, tokens // L)
         programs = {
             route: compiled_program(what, variant(config, route, L), L, batch)
             for route in routes
@@ -301,12 +294,10 @@ def factor_speeds(
     kinds |= {f"all but {way} changed": (way,) for way in WAYS}
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
-    rows, programs, seconds, losses = (
-        bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3)),
-        {},
-        {},
-        {},
-    )
+    rows = bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
+    programs = {}
+    seconds = {}
+    losses = {}
     for kind, ways in kinds.items():
         own = replace(
             config, convolution="fft" if "FFT convolutions" in ways else "auto"

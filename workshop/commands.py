@@ -81,15 +81,14 @@ def compare_runs(folders: tuple[Path, ...]) -> Callable:
     def runs_figure():
         drawing, ax = bigs.canvas()
         for number, folder in enumerate(folders):
-            file, color = folder / "run.json", f"C{number}"
+            file = folder / "run.json"
+            color = f"C{number}"
             if not file.exists():
                 raise bigs.UserError(
                     f"runs: {folder} holds no run, {file.name} is missing"
                 )
-            recipe, history = (
-                bigs.Recipe(**json.loads(file.read_text())["recipe"]),
-                bigs.read_log(folder),
-            )
+            recipe = bigs.Recipe(**json.loads(file.read_text())["recipe"])
+            history = bigs.read_log(folder)
             for key, style in (
                 ("loss", dict(alpha=0.3, lw=0.8)),
                 ("heldout", dict(marker=".", label=str(folder))),
@@ -358,10 +357,8 @@ def command_pretrain(
         json: also add the log of the finished run to this file, under the name of the
             output folder.
     """
-    config, plan = (
-        bigs.choose(bigs.SIZES, "size", size),
-        changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), groups, seed),
-    )
+    config = bigs.choose(bigs.SIZES, "size", size)
+    plan = changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), groups, seed)
     if precision is not None:
         bigs.choose({"float32": 0, "bfloat16": 0}, "precision", precision)
     join_processes(distributed)
@@ -437,10 +434,8 @@ def command_inspect(
             and without.
         output: folder for kernels.npz and reading.json.
     """
-    network, tokenizer = (
-        bigs.from_pretrained(model, "masked_lm"),
-        bigs.load_tokenizer(model),
-    )
+    network = bigs.from_pretrained(model, "masked_lm")
+    tokenizer = bigs.load_tokenizer(model)
     found = (studies.way_of(run) if run else {}) | {
         "pretrained": bigs.kernels_of(network)
     }
@@ -541,10 +536,8 @@ def command_fill_mask(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*drawn anew", UserWarning)
-            network, tokenizer = (
-                bigs.from_pretrained(model, "masked_lm"),
-                bigs.load_tokenizer(model),
-            )
+            network = bigs.from_pretrained(model, "masked_lm")
+            tokenizer = bigs.load_tokenizer(model)
     except UserWarning:
         raise bigs.UserError(
             f"{model}: this model has no head for masked words; give one that was"
@@ -619,7 +612,8 @@ def finetuned_task(
     """The runs of one task in its folder, which belongs to one model, text and grid;
     their `summary`.
     """
-    network, tokenizer = pretrained_model(origin, None), bigs.load_tokenizer(origin)
+    network = pretrained_model(origin, None)
+    tokenizer = bigs.load_tokenizer(origin)
     tunings = grid.tunings(
         search, network.config.hidden_size, freeze_kernels=freeze_kernels
     )
@@ -701,7 +695,8 @@ def command_finetune(
     jax.config.update(
         "jax_compilation_cache_dir", str((bigs.RUNS / "compiled").resolve())
     )
-    found, texts = {}, {name: glue.task_texts(name, data) for name in names}
+    found = {}
+    texts = {name: glue.task_texts(name, data) for name in names}
     for name, splits in texts.items():
         if missing := [
             split
@@ -757,10 +752,8 @@ def command_benchmark(
         published: time a pretraining step the published way and ours instead, and what
             each change gains.
     """
-    config, lengths = (
-        bigs.choose(bigs.SIZES, "size", size),
-        lengths or tuple(2**k for k in range(7, 14)),
-    )
+    config = bigs.choose(bigs.SIZES, "size", size)
+    lengths = lengths or tuple(2**k for k in range(7, 14))
     for kind in kinds:
         bigs.choose({kind: kind for kind in benchmark.KINDS}, "kinds", kind)
     if min(*lengths, tokens, repeats) < 1:

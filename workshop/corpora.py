@@ -452,7 +452,8 @@ def prepare(
         *(prepared(part, tokenizer, L, not other) for part in bar), strict=True
     )
     if other:
-        train, held = tables[: len(own)], tables[len(own) :]
+        train = tables[: len(own)]
+        held = tables[len(own) :]
     else:
         cuts = [len(table) - held_rows(table) for table in tables]
         train = [

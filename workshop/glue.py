@@ -58,7 +58,11 @@ def read_tsv(
     Traceback (most recent call last):
     annotated_bigs.UserError: .../dev.tsv, line 3: 1 columns instead of 2; ...
     """
-    names, number, line, short, found = header, 0, "\n", 0, []
+    names = header
+    number = 0
+    line = "\n"
+    short = 0
+    found = []
     for number, line in enumerate(text_lines(file), 1):
         cells = tuple(line.rstrip("\r\n").split("\t"))
         if not names:
@@ -142,14 +146,16 @@ def official_split(name: str, split: str, data: Path) -> Texts | None:
     """A split of a task from its official file, plain or compressed, or None if there
     is no such file.
     """
-    task, tested = bigs.GLUE[name], split.startswith(("test", "diagnostic"))
+    task = bigs.GLUE[name]
+    tested = split.startswith(("test", "diagnostic"))
     pattern = (
         "*/diagnostic.tsv*" if split == "diagnostic" else f"{task.folder}/{split}*.tsv*"
     )
     if not (files := sorted(data.glob(pattern))):
         return None
     header = COLA if name == "cola" and not tested else ()
-    texts, labels = [], []
+    texts = []
+    labels = []
     wanted = task.texts + (() if tested else (task.label,))
     for number, row in read_tsv(files[0], wanted, header, task.rows.get(split, 0)):
         texts.append(row[: len(task.texts)])
@@ -233,7 +239,9 @@ def no_skill(task: bigs.Task, train: Texts, dev: Texts) -> dict[str, float]:
     >>> no_skill(bigs.GLUE["sst2"], train, dev)["majority"]
     0.75
     """
-    rng, n, k = np.random.default_rng(0), len(dev.labels), max(1, len(task.labels))
+    rng = np.random.default_rng(0)
+    n = len(dev.labels)
+    k = max(1, len(task.labels))
     guesses = [rng.random((n, k), np.float32) for _ in range(100)]
     usual = (
         np.bincount(train.labels, minlength=k)
@@ -270,24 +278,24 @@ def tune(
     """Fine-tune on a task: a record of the run, and the model that scored best on the
     development set.
     """
-    task, most = bigs.GLUE[name], start.config.max_position_embeddings
+    task = bigs.GLUE[name]
+    most = start.config.max_position_embeddings
     encoded = {
         split: bigs.encode(texts.texts, texts.labels, tokenizer, most)
         for split, texts in splits.items()
         if texts.labels is not None
     }
     tests = {split: examples for split, examples in encoded.items() if split != "train"}
-    first, train = next(iter(tests.values())), encoded["train"]
+    first = next(iter(tests.values()))
+    train = encoded["train"]
     if variant == "not pretrained":
         start = bigs.BiGS(start.config, seed=seed)
-    tuning, model = (
-        replace(tuning, **GLUE_VARIANTS[variant]),
-        bigs.classifier_on(
-            start,
-            bigs.Examples(*(a[:64] for a in train)),
-            seed,
-            max(1, len(task.labels)),
-        ),
+    tuning = replace(tuning, **GLUE_VARIANTS[variant])
+    model = bigs.classifier_on(
+        start,
+        bigs.Examples(*(a[:64] for a in train)),
+        seed,
+        max(1, len(task.labels)),
     )
 
     def score(model):
@@ -361,7 +369,8 @@ def run_task(
     keep: bool = True,
 ) -> list[dict[str, Any]]:
     """All runs of a task that are not done yet; the records of all of them."""
-    first, records = variants[0].replace(" ", "-"), []
+    first = variants[0].replace(" ", "-")
+    records = []
     best = max(
         (
             max(json.loads(file.read_text())["evaluations"])
@@ -421,10 +430,8 @@ def summary(
     """What the runs of a task found: scores by variant, seed by seed, and those of no
     skill.
     """
-    task, dev = (
-        bigs.GLUE[name],
-        next(split for split in splits if split.startswith("dev")),
-    )
+    task = bigs.GLUE[name]
+    dev = next(split for split in splits if split.startswith("dev"))
     table = {}
     for variant in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == variant]

@@ -219,7 +219,7 @@ def train(run: Run, data: bigs.Dataset) -> dict[str, Any]:
     @jax.jit
     def step(model, moments, batch, number):
         key = jax.random.fold_in(jax.random.key(run.seed), number)
-        loss, gradient = jax.value_and_grad(bigs.batch_loss)(
+        loss, gradient = jax.value_and_grad(bigs.fast_loss)(
             model, batch, key if way.dropout else None
         )
         updates, moments = optimizer.update(gradient, moments, model)
@@ -239,7 +239,7 @@ def train(run: Run, data: bigs.Dataset) -> dict[str, Any]:
         losses.append(float(loss))
         seconds.append(time.perf_counter() - start)
         if number + 1 in marks:
-            heldout = round(bigs.evaluate(model, data), 5)
+            heldout = round(bigs.evaluate(model, data, bigs.fast_loss), 5)
             mean = round(float(np.mean(losses)), 5)
             curve.append({"tokens": read * 128, "heldout": heldout, "loss": mean})
             print(

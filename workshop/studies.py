@@ -17,13 +17,12 @@ def way_of(run: Path) -> dict[str, np.ndarray]:
     read, step sizes, poles, the standard deviation of the encoder's output, and the
     root mean square of each layer's $W_o$.
     """
-    recipe, way, start = (
-        bigs.Recipe(**json.loads((run / "run.json").read_text())["recipe"]),
-        {},
-        None,
-    )
+    recipe = bigs.Recipe(**json.loads((run / "run.json").read_text())["recipe"])
+    way = {}
+    start = None
     for step, model in bigs.states_of(run, every=True):
-        layers, config = model.encoder.layers, model.config
+        layers = model.encoder.layers
+        config = model.config
         start = bigs.kernels_of(model) if start is None else start
         words = np.random.default_rng(0).integers(
             5, config.vocab_size, (8, config.max_position_embeddings)
@@ -56,10 +55,8 @@ def losses_without(
     rows = bigs.rows_for(
         tokenizer, bigs.pack(documents, tokenizer, model.config.max_position_embeddings)
     )
-    data, local = (
-        bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text),
-        bigs.reaches(bigs.kernels_of(model)) <= 10,
-    )
+    data = bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text)
+    local = bigs.reaches(bigs.kernels_of(model)) <= 10
     found = {
         "nothing": np.zeros_like(local),
         "all": np.ones_like(local),
@@ -72,7 +69,7 @@ def losses_without(
         found[f"layer {layer}, {name}"] = np.zeros_like(local)
         found[f"layer {layer}, {name}"][layer, side] = True
     return {
-        name: bigs.evaluate(bigs.silenced(model, which), data)
+        name: bigs.evaluate(bigs.silenced(model, which), data, bigs.fast_loss)
         for name, which in found.items()
     }
 
@@ -93,8 +90,8 @@ def compare_variants(
         changes = dict(bigs.VARIANTS[variant])
         own = replace(config, dtype=changes.pop("dtype", config.dtype))
         folder = output / f"{variant.replace(' ', '-')}-{seed}"
-        run = bigs.pretrain(
-            own, replace(recipe, seed=seed, **changes), data, folder, resume=True
-        )
+        plan = replace(recipe, seed=seed, **changes)
+        loss = bigs.fast_loss_of(plan)
+        run = bigs.pretrain(own, plan, data, folder, resume=True, loss=loss)
         losses[variant].append(run.history[-1]["heldout"])
     return losses

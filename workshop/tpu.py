@@ -66,10 +66,8 @@ def layer_on_tpu(chip: str, route: str, L: int, tokens: int = 16384) -> dict[str
     """The compiler's operations, bytes and, where meaningful, seconds of training one
     large layer on a TPU.
     """
-    place, config = (
-        tpu_placer(chip),
-        benchmark.variant(replace(bigs.large, dtype="bfloat16"), route, L),
-    )
+    place = tpu_placer(chip)
+    config = benchmark.variant(replace(bigs.large, dtype="bfloat16"), route, L)
     x = place(
         jax.ShapeDtypeStruct((L, max(1, tokens // L), config.hidden_size), jnp.bfloat16)
     )
@@ -79,7 +77,8 @@ def layer_on_tpu(chip: str, route: str, L: int, tokens: int = 16384) -> dict[str
         .lower(layer, x)
         .compile()
     )
-    cost, text = compiled.cost_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis()
+    text = compiled.as_text()
     opaque = re.findall(r" (while|custom-call|conditional)\(", text)
     seconds = cost.get("optimal_seconds", -1)
     return {
@@ -122,10 +121,8 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
     """Memory of whole training steps on one TPU device, in GB; None where the compiler
     refuses.
     """
-    place, documented = (
-        tpu_placer(chip),
-        replace(bigs.RECIPES["documented"], batch=131, remat=True),
-    )
+    place = tpu_placer(chip)
+    documented = replace(bigs.RECIPES["documented"], batch=131, remat=True)
     full = replace(bigs.large, dtype="bfloat16")
     plans = {
         "documented, large": (full, documented),
@@ -153,9 +150,9 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
         )
         start = time.perf_counter()
         try:
-            gigabytes = benchmark.planned_gigabytes(
-                bigs.make_step(recipe).lower(state, batch).compile()
-            )
+            step = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
+            compiled = step.lower(state, batch).compile()
+            gigabytes = benchmark.planned_gigabytes(compiled)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
