@@ -138,8 +138,10 @@ def benchmark(
     """Seconds, tokens a second, ratio, compile time and memory (GB) by kind, length and
     route; medians of `repeats`.
 
-    A batch has about `tokens` tokens. What needs more than `memory` GB is planned but
-    not run.
+    A batch has about `tokens` tokens. What needs more than `memory` GB, as the compiler
+    plans it, is not run. Routes take turns, so that a slow moment of the machine meets
+    them all, and each is compared with its neighbour in the same round: the layer
+    without routing, or for a convolution alone the FFT.
 
     >>> rows = benchmark(
     ...     bigs.Config(50, 16, 1, 48, num_ssm=4, num_attention_heads=2),

@@ -163,7 +163,7 @@ def pretrained_model(name: str, task: str | None = "masked_lm") -> bigs.BiGS:
 @contextlib.contextmanager
 def leaving_on_request() -> Iterator[Callable[[], bool]]:
     """While this holds, the first SIGTERM or SIGINT only sets what the yielded function
-    returns.
+    returns. A cluster takes its machine back by SIGTERM; the run then saves its state.
 
     >>> import signal
     >>> with leaving_on_request() as asked:
@@ -302,7 +302,10 @@ class Changes:
 def model_for(
     config: bigs.Config, model: str | None, length: int, dtype: str
 ) -> tuple[bigs.Config, bigs.BiGS | None]:
-    """The config of a run, and the model that it starts from if there is one."""
+    """The config of a run, and the model that it starts from if there is one. Then the
+    length may differ from that model's, which is how the paper went from 128 tokens to
+    512 and 4096.
+    """
     if model is None:
         return replace(config, dtype=dtype, max_position_embeddings=length), None
     start = bigs.extend(bigs.from_pretrained(model, "masked_lm"), length)

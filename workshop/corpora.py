@@ -357,7 +357,9 @@ def fingerprint(*what: Any) -> str:
 
 
 class Keyed:
-    """A function without arguments whose pickle is its key.
+    """A function without arguments whose pickle is its key. `datasets` finds a table in
+    its cache by the pickled function that makes the rows, so the pickle is to be the
+    fingerprint of a part and nothing else.
 
     >>> import pickle
     >>> pickle.loads(pickle.dumps(Keyed("rows", lambda: iter("ab"))))

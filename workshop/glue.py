@@ -401,7 +401,9 @@ def searched(
     variants: tuple[str, ...],
     output: Path,
 ) -> bigs.Tuning:
-    """The best of several settings on the development set, by one run each."""
+    """The best of several settings on the development set, by one run each. That choice
+    flatters the development set a little.
+    """
     if len(tunings) == 1:
         return tunings[0]
     found = []
