@@ -5,12 +5,13 @@
 # ([paper](https://arxiv.org/abs/2212.10544), [the authors' code](https://github.com/jxiw/BiGS)), as one
 # program that can be read, run, tested and trained.
 #
-# Can a language model learn to fill in missing words without ever comparing two words with each other? BERT compares
-# all pairs. The model of this document, the *Bidirectional Gated State space model* (BiGS), compares none. Each of
-# its layers slides one fixed curve over the sentence from the left and another from the right, and multiplies the two
-# results. The curves are the same for every sentence and every channel; no word can bend them. The authors report
-# that this is enough: pretrained on 97 billion tokens, BiGS reaches the average score of BERT-Large on the GLUE test
-# set ([room 16](#16-results)).
+# Can a language model learn to fill in missing words if no word ever decides where to look? In BERT every word
+# compares itself with all others and reads from those that match. In the model of this document, the *Bidirectional
+# Gated State space model* (BiGS), nothing is matched. Each of its layers slides one fixed curve over the sentence from
+# the left and another from the right, and multiplies the two results: every word on the left meets every word on the
+# right, but how much a pair counts depends on distance alone. The curves are the same for every sentence and every
+# channel. The authors report that this is enough: pretrained on 97 billion tokens, BiGS reaches the average score of
+# BERT-Large on the GLUE test set ([room 16](#16-results)).
 #
 # What the model knows about word order is therefore a picture, two curves a layer, and BERT's table of positions,
 # which is added to the words once. This is the picture for the small model that comes with this document. It has read
@@ -577,7 +578,7 @@ def which_device():
 # %% [markdown]
 # ## 3. State spaces
 #
-# How can a layer remember without comparing? By carrying a summary along. A *state space* describes such a summary: a
+# How can a layer remember what it has read, without looking back? By carrying a summary along. A *state space* describes such a summary: a
 # vector $x(t)$ of $N$ numbers that changes by itself and is pushed by an input $u(t)$, a single number for now,
 #
 # $$ x'(t) = A\,x(t) + B\,u(t), \qquad y(t) = C\,x(t) + D\,u(t). \tag{1} $$
@@ -592,11 +593,11 @@ def which_device():
 # $$ x_k = \bar A\,x_{k-1} + \bar B\,u_k, \qquad
 #    \bar A = e^{\Delta A}, \qquad \bar B = A^{-1}(e^{\Delta A} - I)\,B. \tag{2} $$
 #
-# For under a constant input $x(t + \Delta) = e^{\Delta A} x(t) + \int_0^{\Delta} e^{sA}\,ds\,B u$: what was there
-# evolves for $\Delta$, and what came in a time $s$ before the end evolves for $s$. The integral exists for every $A$;
-# the inverse in (2) is only a way of writing it. The output is read at the end of the token, $y_k = C x_k + D u_k$,
-# so it already hears $u_k$. One matrix exponential gives $\bar A$ and $\bar B$ together, by letting the input be part
-# of the state, a part that never changes.
+# To see why, solve (1) under a constant input: $x(t + \Delta) = e^{\Delta A} x(t) + \int_0^{\Delta} e^{sA}\,ds\,B u$.
+# What was there at the start has evolved for the whole of $\Delta$; what came in a time $s$ before the end has evolved
+# for $s$. The integral exists for every $A$; the inverse in (2) is only a way of writing it. The output is read at the
+# end of the token, $y_k = C x_k + D u_k$, so it already depends on $u_k$. One matrix exponential gives $\bar A$ and
+# $\bar B$ together, by letting the input be part of the state, a part that never changes.
 
 
 # %%
@@ -879,9 +880,9 @@ def draw_discretization():
 # which shrinks it (by the real part of $A_n$) and turns it in the complex plane (by the imaginary part). A diagonal
 # state can only fade and turn.
 #
-# S4D, the diagonal form of the structured state space model S4, starts from such an $A$, and BiGS uses it, with one
-# change: S4D gives every channel an SSM of its own, BiGS one SSM to all channels of a layer and direction. The
-# numbers $A_n$ are its *poles*. $B$ is fixed to ones, because only the products $C_n B_n$ reach the output. Parts and
+# S4D, the diagonal form of the structured state space model S4, starts from such an $A$, and BiGS builds on it. The
+# largest change is that S4D gives every channel an SSM of its own, while in BiGS all channels of a layer and direction
+# share one; smaller ones follow below. The numbers $A_n$ are its *poles*. $B$ is fixed to ones, because only the products $C_n B_n$ reach the output. Parts and
 # read-outs are complex; the output is the real part. An SSM is then four things: poles, read-out, step, and $D$.
 
 
@@ -930,9 +931,9 @@ def discretize_diagonal(
 #
 # Each pole sets one rate of fading and one frequency. The kernel is a sum of such fades, weighted by $C$.
 #
-# One care with digits. Some poles turn by a thousand radians in a unit of time, so the phase
-# $l \Delta \operatorname{Im} A_n$ becomes a large number, of which float32 keeps seven digits, while the sine needs
-# the last ones. But whole turns change nothing. `unwind` takes them away once, before the multiplication by $l$, and
+# A word on precision. Some poles turn by a thousand radians in a unit of time, so the phase
+# $l \Delta \operatorname{Im} A_n$ becomes a large number. float32 keeps only its first seven digits, and the sine
+# needs the last ones. But whole turns change nothing. `unwind` takes them away once, before the multiplication by $l$, and
 # [the appendix](#appendix-b-how-close-to-the-hardware) measures what that saves.
 
 
@@ -1554,9 +1555,10 @@ def show_choice():
 
 
 # %% [markdown]
-# On both, the matrix is as good as anything up to 512 tokens, and blocks are best from 1024 on (a single block is the
-# matrix, so at 128 and 256 tokens they are one). So `convolve` decides by length alone. A GPU has not been asked yet;
-# `python annotated_bigs.py benchmark` asks whatever is there. The FFT stays as the paper's algorithm, the direct sum
+# Among the convolutions, the matrix is the fastest up to 512 tokens on both, and blocks are from 1024 on (a single
+# block is the matrix, so at 128 and 256 tokens they are one). So `convolve` decides by length alone. Attention is
+# cheaper than either on the CPU at 128 and 256 tokens, where its layer also has 12 weights for our 13. No GPU was
+# measured; `python annotated_bigs.py benchmark` measures the device at hand. The FFT stays as the paper's algorithm, the direct sum
 # as the oracle. Lag 0 also carries the pass-through $D$ of (1), so adding $D$ to $K_0$ gives it for nothing.
 
 # %%
@@ -2123,7 +2125,7 @@ def draw_layers():
 #    channels, so they commute, `np.allclose(convolve_direct(np.eye(4) @ np.ones((4, 3)), 0.5 ** np.arange(4)),
 #    convolve_direct(np.eye(4), 0.5 ** np.arange(4)) @ np.ones((4, 3)))`. It works because all channels share one
 #    kernel.
-# 3. *Padding stands at the end of a text. Which SSM can let the words hear it?* Only the backward one. For a lone
+# 3. *Padding stands at the end of a text. Which SSM could carry it to the words?* Only the backward one. For a lone
 #    input in the last of four places the forward output before it is zero, `not convolve_direct(np.eye(4)[:, 3:],
 #    np.ones(4))[:3].any()`, and the backward one is not: `convolve_direct(np.eye(4)[:, 3:], np.ones(4),
 #    past=False)[0].item() == 1`.
@@ -2538,7 +2540,7 @@ RIVALS = {
 # And operations? A dense layer costs two operations a weight and token. A convolution adds, for each channel
 # and each of the two directions, `convolution_operations` of [room 5](#5-convolution-four-ways); attention
 # adds $4 L^2 d$ a layer. With the FFT, the paper's algorithm, this reproduces all eight numbers of its Table
-# 8 to the printed digits, and so shows what that table counts: the forward pass of the encoder's layers.
+# 8 to the printed digits, so that table seems to count the same: the forward pass of the encoder's layers.
 
 
 # %%
@@ -2566,9 +2568,10 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
 
 
 # %% [markdown]
-# At 128 tokens the two models are even: `1 < operations(large, 128) / operations(bert, 128) < 1.03`. At 4096,
-# attention's square dominates: `operations(bert, 4096) / operations(large, 4096) > 1.5`. Blocks, in place of
-# the FFT, add 7 %, `1.06 < operations(large, 4096, "blocks") / operations(large, 4096) < 1.07`, and save time
+# At 128 tokens the two models are even: `1 < operations(large, 128) / operations(bert, 128) < 1.03`. At 4096 BERT
+# takes half as many operations again, `operations(bert, 4096) / operations(large, 4096) > 1.5`, and 40 % of them are
+# the square of attention, `0.39 < 1 - operations(replace(bert, routing="none"), 4096) / operations(bert, 4096) < 0.41`.
+# Blocks, in place of the FFT, add 7 %, `1.06 < operations(large, 4096, "blocks") / operations(large, 4096) < 1.07`, and save time
 # all the same. A test holds these counts against those of the compiler, for each architecture and algorithm.
 #
 # The model stands. Before training one, let us see that it is the published one.
@@ -3000,7 +3003,7 @@ def download(name: str) -> Path:
 # %% [markdown]
 # ### Filling masks
 #
-# To hear what a model has learned, let it fill in words. Its tokenizer lies in its folder; the published models come
+# To see what a model has learned, let it fill in words. Its tokenizer lies in its folder; the published models come
 # without one and use BERT's.
 
 
@@ -3553,9 +3556,10 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
 # %% [markdown]
 # ### Masking
 #
-# The task is BERT's. Of a row's tokens, 15 % are asked, 19 of 128, never a special one. (BERT's arrays have 20 places
-# for 128 tokens; the last is never filled, and ours do without it.) Of those asked, 80 % become [MASK], 10 % a random
-# word piece of the whole vocabulary, 10 % stay as they are; the model has to give the original of all.
+# The task is BERT's. In every row 15 % of the tokens are chosen, 19 of 128, but never a special one. (BERT's arrays
+# have 20 places for 128 tokens; the last is never filled, and ours do without it.) Of the chosen tokens, 80 % become
+# [MASK], 10 % become a random word piece of the whole vocabulary, and 10 % stay as they are. The model has to give the
+# original of all of them.
 
 
 # %%
@@ -3596,8 +3600,8 @@ class Rows(NamedTuple):
 
 
 # %% [markdown]
-# The authors drew masks once, offline. We draw them anew in every epoch: a token's luck is three numbers between 0
-# and 1, and they depend on the seed, the epoch and the number of the row alone.
+# The authors drew masks once, offline. We draw them anew in every epoch. Each token gets three random numbers between 0
+# and 1, which depend on nothing but the seed, the epoch and the number of the row.
 
 
 # %%
@@ -3618,8 +3622,8 @@ def luck(seed: int, epoch: int, row: int, L: int) -> Float[np.ndarray, "3 L"]:
 
 
 # %% [markdown]
-# The first number decides who is asked: a special token gets one point more, and the lowest are asked. The second
-# decides what is shown there, the third which random word.
+# The first number decides which tokens are chosen: those with the lowest numbers, after one has been added for special
+# tokens. The second decides what is shown there, the third which random word.
 
 
 # %%
@@ -3849,7 +3853,7 @@ def masked_loss(
 
 
 # %% [markdown]
-# The loss of a model on a batch. Rows that were packed are full, and every token is to be heard:
+# The loss of a model on a batch. (Packed rows are full, so that every token of them is a word.)
 
 
 # %%
@@ -3957,9 +3961,9 @@ class Recipe:
 # first two for two CPU cores, minutes and hours, the third for an accelerator.
 #
 # The first and the last also differ from the rest in what they do to the SSMs. In the *published* way one rate serves
-# all parameters, and decay reaches the SSMs, too. Decay on `log_step` pulls a step size towards one, and on `A_re` a
-# fade towards none, and neither wish has a reason; so in the *annotated* way SSMs do not decay and learn at twice the
-# rate. (S4 and S4D spare their SSMs from decay, too, but usually give them a smaller rate, not a larger one.) Which
+# all parameters, and decay reaches the SSMs, too. Decay on `log_step` pulls a step size towards one, and on `A_re` it
+# pulls towards poles that never fade. There is no reason to want either, so in the *annotated* way SSMs do not decay,
+# and they learn at twice the rate. (S4 and S4D spare their SSMs from decay, too, but usually give them a smaller rate, not a larger one.) Which
 # is better is a question for measurement, [below](#published-or-annotated).
 
 # %%
@@ -4733,7 +4737,7 @@ def restore(manager, state: State, step: int | None = None) -> State:
 
 
 # %% [markdown]
-# Who only wants to look at a run reads its models one by one.
+# The models of a run can be read one by one, by anyone who wants to look at them.
 
 
 # %% tags=["appendix"]

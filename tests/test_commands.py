@@ -254,7 +254,7 @@ def document_run(project):
 @pytest.fixture
 def found(document_run, project):
     """The results that the document measured while it ran."""
-    return json.loads((project / "data" / "tiny.json").read_text())
+    return json.loads((project / "runs" / "data" / "tiny.json").read_text())
 
 
 @pytest.mark.slow
@@ -284,11 +284,6 @@ def test_the_documents_pairs_are_told_apart(found):
     assert accuracy["word overlap"] > 0.6
     for value in accuracy.values():
         assert 0.4 < value < 0.9
-
-
-@pytest.mark.slow
-def test_the_documents_step_takes_at_most_twice_its_products(found):
-    assert found["step"]["ratio"] < 2
 
 
 @pytest.mark.timing

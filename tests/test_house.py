@@ -213,7 +213,11 @@ def test_pytest_collects_the_document_and_its_tests_only():
     collected = output(*command, "--collect-only", "-q", env=settings)
     files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
     tests = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
-    workshop = {f"workshop/{path.name}" for path in (ROOT / "workshop").glob("*.py")}
+    workshop = {
+        f"workshop/{path.name}"
+        for path in (ROOT / "workshop").glob("*.py")
+        if ">>>" in path.read_text()
+    }
     on_request = {"tests/test_hub.py"}  # with -m hub
     assert files == {"annotated_bigs.py"} | workshop | tests - on_request
 

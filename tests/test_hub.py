@@ -163,7 +163,7 @@ def test_a_task_of_the_hub_is_learned(tmp_path):
 
 
 def test_a_few_steps_on_streamed_wikipedia(tmp_path):
-    shard = corpora.streamed_parts(bigs.WIKIPEDIA)[0]
+    shard = corpora.streamed_parts("wikimedia/wikipedia:20231101.en")[0]
     articles = list(itertools.islice(shard.read(), 200))
     corpus = bigs.Corpus(articles[:180], articles[180:], shard.name)
     data = bigs.make_dataset(corpus, bigs.load_tokenizer(), 128)

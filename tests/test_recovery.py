@@ -182,7 +182,7 @@ def test_ten_kills_leave_no_trace(begin, whole, tmp_path):
 @pytest.mark.slow
 def test_a_request_to_leave_is_followed(project):
     text = ("--corpus", "corpus.txt", "--steps", "40")
-    pretrain = ("pretrain", *commands.TINY, *text)
+    pretrain = ("pretrain", *shell.TINY, *text)
     whole = project / "runs/whole"
     left = project / "runs/left"
     finish(shell.start(project, *pretrain, "--output", whole))

@@ -1,10 +1,15 @@
 """The workshop and the story are one module, however the program is started."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
 
+import shell
 import small
+
+import annotated_bigs as bigs
 
 STORY = small.ROOT / "annotated_bigs.py"
 
@@ -75,6 +80,22 @@ def test_the_story_imports_the_workshop_only_to_hand_over():
         line for line in lines if line.startswith(("from workshop", "import workshop"))
     ]
     assert found == ["from workshop.commands import main"]
+
+
+def test_names_of_other_modules_exist():
+    """ruff cannot see that a name has left its module."""
+    modules = {"bigs": bigs, "small": small, "shell": shell}
+    folders = [small.ROOT / "workshop", small.ROOT / "tests"]
+    for file in (small.ROOT / "workshop").glob("[a-z]*.py"):
+        modules[file.stem] = importlib.import_module(f"workshop.{file.stem}")
+    missing = []
+    for file in sorted(path for folder in folders for path in folder.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                if module and not hasattr(module, node.attr):
+                    missing.append(f"{file.name}, line {node.lineno}: {node.attr}")
+    assert missing == []
 
 
 def test_importing_the_workshop_runs_nothing(project):

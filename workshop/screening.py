@@ -26,6 +26,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import annotated_bigs as bigs
+from workshop import corpora
 
 WIDTH_RULE = 0.02 * float(np.sqrt(1024 / bigs.boxed.hidden_size))
 SEED_OF_RATES = 100  # learning rates are chosen on this seed, which is not used again
@@ -369,7 +370,7 @@ def main() -> None:
     bigs.keep_memory()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     train_files, heldout_files = text_files(options.text)
-    data = bigs.prepare(train_files, bigs.load_tokenizer(), 128, heldout_files)
+    data = corpora.prepare(train_files, bigs.load_tokenizer(), 128, heldout_files)
     for _ in screen(data, options.output):
         pass
 

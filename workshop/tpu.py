@@ -130,7 +130,10 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
             replace(full, max_position_embeddings=4096),
             replace(documented, batch=4, length=4096),
         ),
-        "quarter-hour, base": bigs.recipe_for("tpu")[:2],
+        "quarter-hour, base": (
+            replace(bigs.base, dtype="bfloat16"),
+            bigs.RECIPES["quarter-hour"],
+        ),
     }
     found = []
     for what, (config, recipe) in plans.items():
