@@ -4888,8 +4888,7 @@ def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator
     try:
         check_owner(directory, resume)
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / "lock")
-        lock.acquire(blocking=False)
+        lock = FileLock(directory / "lock").acquire(blocking=False)
     except Timeout:
         raise UserError(
             f"output: another process is writing to {directory}; wait for it, or choose"

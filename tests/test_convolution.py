@@ -192,7 +192,7 @@ def test_the_oracles_gradients_are_difference_quotients(past):
     rng = np.random.default_rng(4)
     u, w = rng.normal(size=(2, 20, 2))
     p = trained(N, "lin", 4)
-    p = jax.tree.map(np.float64, p)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), p)
     p["A_re"] = -rng.random(N)
 
     def run(u, p):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import annotated_bigs as bigs
 
@@ -43,7 +44,7 @@ def pretend(monkeypatch):
 def exported(config, recipe=RECIPE, platforms=PLATFORMS, **options):
     step = bigs.make_step(recipe, bigs.fast_loss)
     state = jax.eval_shape(lambda: bigs.fresh_state(config, recipe))
-    return jax.export.export(step, platforms=platforms, **options)(state, BATCH)
+    return export.export(step, platforms=platforms, **options)(state, BATCH)
 
 
 PRODUCT = re.compile(r"stablehlo\.dot_general.* -> tensor<(?:\d+x)*(\w+)>")
@@ -110,7 +111,7 @@ def cudnn(monkeypatch):
 def test_flash_attention_is_lowered_for_a_gpu(pretend, cudnn):
     pretend("gpu")
     calls = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-    allowed = map(jax.export.DisabledSafetyCheck.custom_call, calls)
+    allowed = map(export.DisabledSafetyCheck.custom_call, calls)
     program = exported(FLASH, platforms=["cuda"], disabled_checks=list(allowed))
     for call in calls:
         assert f"@{call}(" in program.mlir_module()
