@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all test-timing test-hub faults lint figures notebook page clean
+.PHONY: help install run test test-all test-timing test-hub faults lint figures notebook numbers page clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ figures:  ## redraw figures/
 
 notebook:  ## execute annotated_bigs.py into annotated_bigs.ipynb
 	$(PYTHON) page/notebook.py
+
+numbers:  ## renew the numbers in the prose that have a hidden proof
+	$(PYTHON) page/proofs.py
 
 page:  ## render the notebook as page/index.html (needs node and npm)
 	$(PYTHON) page/build.py

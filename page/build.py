@@ -107,7 +107,7 @@ def pandoc(notebook: pathlib.Path) -> str:
         pypandoc.get_pandoc_path(),
         *(
             "--from",
-            "ipynb+tex_math_dollars+gfm_auto_identifiers+smart",
+            "ipynb+tex_math_dollars+gfm_auto_identifiers+smart+markdown_in_html_blocks",
             "--to",
             "html5",
         ),

@@ -305,8 +305,8 @@ FAULTS = [
     Fault(
         name="sixteen of a hundred asked",
         where="masked_of",
-        old="round(0.15 * L)",
-        new="round(0.16 * L)",
+        old="round(share * L)",
+        new="round((share + 0.01) * L)",
         tests=(
             doctest("masked_of"),
             "tests/test_training.py::test_masking_statistics",
@@ -395,7 +395,7 @@ FAULTS = [
     Fault(
         name="rate falls to zero",
         where="schedule",
-        old="recipe.learning_rate / 10",
+        old="peak * recipe.end",
         new="0.0",
         tests=(
             doctest("schedule"),
@@ -431,14 +431,14 @@ FAULTS = [
     Fault(
         name="beta_2 of 0.999",
         where="make_optimizer",
-        old="b2=0.98",
+        old="b2=recipe.beta2",
         new="b2=0.999",
         tests=("tests/test_training.py::test_adamw_is_optax_adamw", TRAINING),
     ),
     Fault(
         name="epsilon of 1e-8",
         where="make_optimizer",
-        old="eps=1e-06",
+        old="eps=recipe.epsilon",
         new="eps=1e-08",
         tests=(
             "tests/test_caught.py::"

@@ -22,11 +22,13 @@ OFFLINE = {
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 }
 # Reading in a minute or two what takes the document several: fewer steps of training,
-# and fewer pairs to learn from.
+# and fewer sentences to learn from.
 SHORTER = {
     "steps=2000,": "steps=40,",
-    "make_pairs(documents, seed, 6000)": "make_pairs(documents, seed, 200)",
-    "evaluate_every=500,\n        **GROUPS": "evaluate_every=20,\n        **GROUPS",
+    "TO_LEARN = 1000": "TO_LEARN = 64",
+    "evaluate_every=500,\n        save_every=1000": (
+        "evaluate_every=20,\n        save_every=1000"
+    ),
 }
 
 
@@ -86,7 +88,7 @@ def test_the_script_alone_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_all_was_said(done.stdout)
     missing = {line for line in done.stdout.splitlines() if " is not here; " in line}
-    assert any(line.startswith("data/bigs-mini is not here") for line in missing)
+    assert any(line.startswith("data/bigs-boxed is not here") for line in missing)
     assert any(line.startswith("data/glue.json is not here") for line in missing)
     assert list(files(tmp_path)) == [SCRIPT.name]
     drawn = {path.stem for path in (tmp_path / "runs" / "figures").iterdir()}
@@ -132,7 +134,7 @@ def test_the_notebook_alone_in_colab_runs_to_its_end(tmp_path, colab):
         out.get("text", "") for out in outputs if out.get("name") == "stdout"
     )
     assert_all_was_said(said)
-    assert "data/bigs-mini is not here" in said
+    assert "data/bigs-boxed is not here" in said
 
 
 # In Colab, the first cell

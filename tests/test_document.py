@@ -11,12 +11,14 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import pages
 import pytest
 import reading
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "annotated_bigs.py"
 NOTEBOOK = ROOT / "annotated_bigs.ipynb"
+proofs = pages.page_module("proofs")
 
 # What requirements.txt installs, as it is imported: prose may name any of it.
 LIBRARIES = {
@@ -89,6 +91,15 @@ def test_rule(rule, document):
 
 def test_claims_in_prose_are_true(document, bigs):
     assert reading.check_claims(document, vars(bigs)) == []
+
+
+def test_numbers_in_prose_are_what_their_proofs_say(document, bigs):
+    found = [
+        f"{cell.where}: {complaint}"
+        for cell in document.prose
+        for complaint in proofs.wrong(cell.source, vars(bigs))
+    ]
+    assert found == []
 
 
 def test_names_in_prose_exist(document, bigs):

@@ -366,7 +366,7 @@ def citation() -> dict:
 @pytest.fixture(scope="module")
 def card() -> str:
     """The card of the trained model."""
-    return (ROOT / "data/bigs-mini/README.md").read_text()
+    return (ROOT / "data/bigs-boxed/README.md").read_text()
 
 
 def test_citation_is_of_this_program(citation, readme):
@@ -407,7 +407,7 @@ def test_one_licence_of_the_weights(card, readme):
 
 
 def test_every_file_with_weights_has_its_licence(card):
-    folder = ROOT / "data/bigs-mini"
+    folder = ROOT / "data/bigs-boxed"
     named = set(re.findall(r"`([\w.]+\.\w+)`", section(card, "Licence and sources")))
     assert named <= {path.name for path in folder.iterdir()}
     assert {path.name for path in folder.iterdir() if path.suffix != ".json"} <= {
@@ -418,7 +418,7 @@ def test_every_file_with_weights_has_its_licence(card):
 
 
 def test_every_text_that_was_read_has_its_source(card):
-    log = json.loads((ROOT / "data/bigs-mini/training.json").read_text())["boxed"]
+    log = json.loads((ROOT / "data/bigs-boxed/training.json").read_text())["boxed"]
     kinds = {Path(file).name.partition("-")[0] for file in log["text"].split(", ")}
     rows = re.findall(r"^\| `(\w+)-\*` \|", section(card, "Licence and sources"), re.M)
     assert set(rows) == kinds
@@ -480,7 +480,8 @@ def lost(text: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/bigs-mini/README.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/bigs-boxed/README.md"],
 )
 def test_what_texts_point_to_exists(name):
     file = ROOT / name

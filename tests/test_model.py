@@ -382,7 +382,8 @@ def test_operations_of_a_step_are_those_that_the_compiler_finds(name):
     )
     recipe = replace(bigs.RECIPES["demonstration"], batch=8, length=128)
     tokens = np.random.default_rng(0).integers(5, 2000, (8, 128))
-    batch = bigs.batch_at(bigs.Rows(tokens, 2000, 4, (0, 2, 3)), 8, 0, 0)
+    rows = bigs.Rows(tokens, 2000, 4, (0, 2, 3))
+    batch = bigs.batch_at(rows, 8, 0, 0, share=recipe.masked)
     model = jax.eval_shape(lambda: fresh(config))
 
     forward = counted_by_the_compiler(lambda model: bigs.fast_loss(model, batch), model)

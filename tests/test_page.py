@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import browser
 import nbformat
+import pages
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +79,7 @@ def test_what_is_missing_is_an_error_only_in_ci(monkeypatch, ci, outcome):
 def load(name: str):
     if not importlib.util.find_spec("pypandoc" if name == "build" else "ipykernel"):
         do_without("requirements-dev.txt is not installed")
-    spec = importlib.util.spec_from_file_location(f"page_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return pages.page_module(name)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The screening of recipes: what each way changes, and that finished runs are kept."""
+"""The screening of recipes: what each way changes, that runs made side by side are
+those made alone, and that finished runs are kept.
+"""
 
 from dataclasses import replace
 
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
-from workshop import screening
+from workshop import arms, screening
 
 SMALL = replace(
-    bigs.boxed,
+    bigs.twin,
     vocab_size=60,
     hidden_size=16,
     intermediate_size=48,
@@ -22,7 +24,7 @@ SMALL = replace(
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    monkeypatch.setattr(bigs, "boxed", SMALL)
+    monkeypatch.setattr(bigs, "twin", SMALL)
 
 
 @pytest.fixture
@@ -32,13 +34,22 @@ def data():
     return bigs.Dataset(None, rows, [bigs.batch_at(rows, 8, 9, 0)], "random", "r")
 
 
+def numbers(way: screening.Way, seed: int = 0, steps: int = 4) -> screening.Numbers:
+    return screening.in_numbers(screening.Run("", way, seed), SMALL, steps)
+
+
+def fresh(way: screening.Way) -> bigs.BiGS:
+    return screening.initial_model(SMALL, numbers(way))
+
+
 def moved(way: screening.Way, gradient: float) -> bigs.BiGS:
-    """How far two steps move each parameter under the same gradient for all."""
-    optimizer = screening.make_optimizer(way, steps=4)
-    model = screening.initial_model(way, seed=0)
-    moments = optimizer.init(model)
+    """How far the second step moves each parameter under the same gradient for all."""
+    model = fresh(way)
+    inside = numbers(way)
+    moments = screening.make_optimizer(way.optimizer, inside).init(model)
     gradients = jax.tree.map(lambda w: jnp.full_like(w, gradient), model)
-    for _ in range(2):
+    for step in range(2):
+        optimizer = screening.make_optimizer(way.optimizer, inside, step)
         updates, moments = optimizer.update(gradients, moments, model)
     return updates
 
@@ -71,13 +82,47 @@ def test_decay_reaches_the_ssms_only_if_asked(optimizer, ssm_decay):
 
 def test_frozen_positions_stay_at_zero():
     way = screening.Way(positions=False)
-    assert not screening.initial_model(way, 0).encoder.positions.embedding[...].any()
+    assert not fresh(way).encoder.positions.embedding[...].any()
     assert not moved(way, 1.0).encoder.positions.embedding[...].any()
     assert moved(screening.Way(), 1.0).encoder.positions.embedding[...].any()
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_optimizer_is_that_of_pretraining(optimizer):
+    """Where the recipe can say the same: two steps, parameter by parameter."""
+    muon = optimizer == "muon"
+    way = screening.Way(optimizer=optimizer, ssm_rate=2.0, ssm_decay=True, warmup=0.25)
+    recipe = bigs.Recipe(
+        steps=4,
+        learning_rate=way.adam_rate,
+        matrix_rate=way.rate if muon else 0.0,
+        ssm_rate=2.0,
+        weight_decay=way.decay,
+        warmup=0.25,
+        beta2=way.b2,
+        epsilon=way.eps,
+    )
+    model = fresh(way)
+    theirs = bigs.make_optimizer(recipe)
+    moments = theirs.init(model)
+    gradients = jax.tree.map(jnp.ones_like, model)
+    for _ in range(2):
+        wanted, moments = theirs.update(gradients, moments, model)
+    for a, b in zip(*map(jax.tree.leaves, (moved(way, 1.0), wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_start_is_that_of_the_model():
+    start = fresh(screening.Way(start=0.02))
+    config = replace(SMALL, initializer_range=0.02)
+    wanted = bigs.BiGS(config, seed=0)
+    wanted.head.dense.kernel[...] *= 0.02  # as its docstring says
+    for a, b in zip(*map(jax.tree.leaves, (start, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_steps_are_spread_evenly_over_layers_and_directions():
-    layers = screening.initial_model(screening.Way(even_steps=True), 0).encoder.layers
+    layers = fresh(screening.Way(even_steps=True)).encoder.layers
     both = [side.log_step[...].ravel() for side in (layers.forward, layers.backward)]
     found = np.sort(np.concatenate(both))
     np.testing.assert_allclose(np.diff(found), np.log(100) / 4, rtol=1e-5)
@@ -96,45 +141,103 @@ def test_schedules_rise_and_end(schedule, last):
 
 
 def test_the_share_of_chosen_and_of_kept_words(data):
-    numbers = np.arange(64)
-    batch = screening.masked_batch(data.train, numbers, 0, 0.3, 0.0)
+    rows = np.arange(64)
+    luck = np.stack([bigs.luck(0, 0, row, 128) for row in range(64)])
+    shares = np.where(rows < 32, 0.3, 0.15)
+    batch = screening.masked_batch(data.train, rows, luck, shares, 0.0, 38)
+    asked = batch.labels > 0
+    assert asked.sum(1).tolist() == [38] * 32 + [19] * 32
     shown = np.take_along_axis(batch.input_ids, batch.positions, 1)
-    assert batch.positions.shape == (64, 38)
-    assert (shown == data.train.mask_id).all()
+    assert (shown[asked] == data.train.mask_id).all()
+    whole = np.take_along_axis(data.train.tokens, batch.positions, 1)
+    assert (shown[~asked] == whole[~asked]).all()
+
+
+def test_batches_follow_the_order_of_pretraining(data):
+    kind = (5, (0.15,), 0.1)
+    made = screening.masked_rows(data, kind, range(1, 3), [4] * 8, 19)
+    for step, number in enumerate((1, 2)):
+        wanted = bigs.batch_at(data.train, 4, 5, number)
+        np.testing.assert_array_equal(made.input_ids[step], wanted.input_ids)
+        assert sorted(made.labels[step].ravel()) == sorted(wanted.labels.ravel())
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_made_alone(data):
+    ways = [
+        screening.Way(batches=(4,)),
+        screening.Way(batches=(4,), rate=0.01, masking=(0.3,)),
+    ]
+    runs = [
+        screening.Run("small", way, seed, tokens=8 * 128 * 4)
+        for seed, way in enumerate(ways)
+    ]
+    together = screening.train(runs, data)
+    for run, found in zip(runs, together, strict=True):
+        (alone,) = screening.train([run], data)
+        assert found["heldout"] == pytest.approx(alone["heldout"], abs=1e-4)
+    assert together[0]["heldout"] != together[1]["heldout"]
+
+
+@pytest.mark.slow
+def test_a_run_learns(data):
+    kept = []
+    run = screening.Run("small", screening.Way(batches=(4,)), 0, tokens=16 * 128 * 4)
+    (found,) = screening.train([run], data, kept.append)
+    assert found["steps"] == 16
+    assert [point["tokens"] for point in found["curve"]][-1] == 16 * 128 * 4
+    assert found["heldout"] < np.log(60)
+    model = jax.tree.map(lambda leaf: leaf[0], kept[0])
+    losses = [bigs.fast_loss(model, batch) for batch in data.heldout]
+    assert found["heldout"] == pytest.approx(float(np.mean(losses)), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_not_made_again(tmp_path, data, monkeypatch):
     made = []
 
-    def train(run, _):
-        made.append(run)
-        return {"heldout": 5.0 - run.way.rate}
+    def train(runs, _):
+        made.extend(runs)
+        return [{"heldout": 5.0 - run.way.rate - run.way.adam_rate} for run in runs]
 
     monkeypatch.setattr(screening, "train", train)
     output = tmp_path / "runs.jsonl"
-    runs = screening.screen(data, output)
-    first = [next(runs) for _ in range(3)]
+    runs = screening.screen(data, output, together=2)
+    first = [next(runs) for _ in range(4)]
     runs.close()  # killed
-    rest = list(screening.screen(data, output))
+    rest = list(screening.screen(data, output, together=40))
     assert made == first + rest
     assert len({run.key() for run in made}) == len(made)
     assert {run.key() for run in made} == set(screening.finished(output))
     base = next(run for run in rest if run.name == "none")
-    assert base.way.rate == 0.04  # the best of the three
+    assert (base.way.rate, base.way.adam_rate) == (0.04, 8e-3)  # the best
     assert base.seed != screening.SEED_OF_RATES
 
 
-@pytest.mark.slow
-def test_a_run_learns(data):
-    run = screening.Run("small", screening.Way(batches=(4,)), 0, tokens=16 * 128 * 4)
-    found = screening.train(run, data)
-    assert found["steps"] == 16
-    assert [point["tokens"] for point in found["curve"]][-1] == 16 * 128 * 4
-    assert found["heldout"] < found["curve"][0]["heldout"]
+def test_the_recorded_runs_are_those_of_the_screening(monkeypatch):
+    """What data/screening.jsonl holds is complete: nothing would be run again."""
+    found = screening.finished(bigs.DATA / "screening.jsonl")
+    wanted = [run for runs in screening.PHASES.values() for run in runs(found)]
+    assert {run.key() for run in wanted} == set(found)
 
 
 def test_a_folder_without_held_out_shards_is_named(tmp_path):
     (tmp_path / "one.jsonl.xz").touch()
     with pytest.raises(bigs.UserError, match=f"text: {tmp_path} needs shards"):
         screening.text_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", arms.of_one_size(bigs.tiny))
+def test_the_layers_of_a_comparison_have_a_plain_and_a_fast_form(name):
+    small = replace(SMALL, num_attention_heads=2)
+    config = arms.of_one_size(small)[name]
+    model = jax.tree.map(lambda w: 4 * w, bigs.BiGS(config))
+    rows = bigs.Rows(np.arange(5, 45).reshape(4, 10), 60, 4, (0, 2, 3))
+    batch = bigs.batch_at(rows, 4, 0, 0)
+    plain, fast = (
+        jax.value_and_grad(loss)(model, batch)
+        for loss in (bigs.batch_loss, bigs.fast_loss)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), plain, fast
+    )

@@ -53,15 +53,13 @@ def test_diagonal_discretization_is_scipys():
     np.testing.assert_allclose(B_bar, exact_B_bar, atol=1e-6)
 
 
-def test_zero_order_hold_is_exact_for_held_input_and_bilinear_of_second_order():
-    assert bigs.discretization_error(bigs.discretize, 1.0, 0.0) < 1e-5
-    order = bigs.order(bigs.discretize_bilinear, 0.0)
-    assert order == pytest.approx(2, abs=0.1)
-
-
-@pytest.mark.parametrize("rule", [bigs.discretize, bigs.discretize_bilinear])
-def test_sampled_input_is_of_first_order(rule):
-    assert bigs.order(rule, 1.0) == pytest.approx(1, abs=0.15)
+def test_the_springs_path_is_scipys():
+    A, B, C = bigs.SPRING
+    t = np.linspace(0, 6, 50)
+    _, places = scipy.signal.step((A, B[:, None], C[None], np.zeros((1, 1))), T=t)
+    np.testing.assert_allclose(bigs.spring_exact(t), places, atol=1e-9)
+    steps = bigs.spring_steps(bigs.discretize, t[1], 49)
+    np.testing.assert_allclose(steps, places[1:], atol=1e-5)
 
 
 def kernel64(ssm, L):

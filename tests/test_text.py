@@ -93,28 +93,36 @@ def test_packing_keeps_every_token():
     assert len(stream) > len(wanted) - 14
 
 
-def test_pairs_are_balanced_and_honest(english):
-    pairs = bigs.make_pairs(english.heldout, 1, 1000)
-    documents = [set(bigs.sentences(one.text)) for one in english.heldout]
-    assert abs(np.mean([pair.label for pair in pairs]) - 0.5) < 0.05
-    for pair in pairs[:200]:
-        both = {pair.first, pair.second}
-        is_neighbour = any(both <= sentences for sentences in documents)
-        assert is_neighbour == bool(pair.label)
+def test_half_of_the_sentences_have_two_words_exchanged(english):
+    train, test = bigs.order_task()
+    for part, documents in ((train, english.train), (test, english.heldout)):
+        known = " ".join(document.text for document in documents)
+        for (text,), label in zip(part.texts[:200], part.labels, strict=False):
+            assert len(text.split()) >= 8
+            if label:
+                assert text in known
+        assert 0.49 < part.labels.mean() < 0.51
+        wrong = [text for (text,), label in zip(*part, strict=True) if not label]
+        assert np.mean([text in known for text in wrong]) < 0.02  # "very very"
 
 
-def test_overlap_baseline_can_be_beaten_and_beats_chance(english):
-    train = bigs.make_pairs(english.train, 0, 2000)
-    test = bigs.make_pairs(english.heldout, 1, 1000)
-    assert 0.5 < bigs.overlap_baseline(train, test) < 0.95
+def test_an_exchange_moves_two_neighbours_and_no_end():
+    sentence = "one two three four five six"
+    rng = np.random.default_rng(0)
+    found = {bigs.exchanged(sentence, rng) for _ in range(200)}
+    words = sentence.split()
+    wanted = {
+        " ".join([*words[:k], words[k + 1], words[k], *words[k + 2 :]])
+        for k in range(1, 4)
+    }
+    assert found == wanted
 
 
 def test_the_demonstrations_data():
     data = bigs.tiny_dataset()
-    train, test = bigs.pair_task()
+    train, test = bigs.order_task()
     assert data.train.vocab_size == 8192
     assert data.train.tokens.shape[1] == 128
     assert len(data.train.tokens) > 3000
     assert len(data.heldout) >= 3
-    assert len(train) > 9000
-    assert len(test) > 900
+    assert len(train.labels) == len(test.labels) == 1000

@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 import small
+from scipy import stats
 
 import annotated_bigs as bigs
-from workshop import benchmark, commands, studies
+from workshop import arms, benchmark, commands, studies
 
 PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
+ARMS = ("gated SSM", "sum for product", "stacked attention")
 pytestmark = pytest.mark.usefixtures("one_step")
 
 
@@ -125,7 +127,7 @@ def test_schedule_endpoints(name):
     steps = (0, warm, recipe.steps, recipe.steps + 5)
     found = [float(rate(step)) for step in steps]
 
-    wanted = np.array([0, 1, 0.1, 0.1]) * recipe.learning_rate
+    wanted = np.array([0, 1, recipe.end, recipe.end]) * recipe.learning_rate
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert float(rate(warm // 2)) < recipe.learning_rate
 
@@ -195,12 +197,12 @@ def test_recipes_are_those_of_the_paper():
         found = bigs.RECIPES[name].tokens
         assert abs(found - tokens) <= step / 2
         assert found % step == 0
-    published = replace(small.RECIPE, **bigs.GROUPS["published"])
-    annotated = replace(small.RECIPE, **bigs.GROUPS["annotated"])
-    assert published.ssm_rate == 1.0
-    assert published.ssm_decay
-    assert annotated.ssm_rate > 1
-    assert not annotated.ssm_decay
+    for name in ("documented", "twin"):
+        assert bigs.RECIPES[name].ssm_rate == 1.0
+        assert bigs.RECIPES[name].ssm_decay
+        assert bigs.RECIPES[name].start == 0.02
+        assert not bigs.RECIPES[name].matrix_rate
+    assert not bigs.RECIPES["annotated"].ssm_decay
 
 
 # Steps
@@ -389,28 +391,33 @@ def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_variants_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
+def test_arms_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
     recipe = replace(small.RECIPE, steps=4, evaluate_every=4)
     # Large weights, so that the kernels make a difference.
     config = replace(small.CONFIG, initializer_range=0.3, num_hidden_layers=1)
-    names = ("published", "annotated", "bfloat16")
+    configs = {name: arms.of_one_size(config)[name] for name in ARMS}
     data = small.dataset()
 
-    first = studies.compare_variants(config, recipe, data, names, 2, tmp_path)
+    first = studies.compare_arms(configs, recipe, data, range(2), tmp_path)
 
     losses = np.array(list(first.values()))
     assert losses.shape == (3, 2)
     assert np.unique(losses).size == 6
-    published = bigs.read_log(tmp_path / "published-1")
-    annotated = bigs.read_log(tmp_path / "annotated-1")
-    assert published[0]["heldout"] == annotated[0]["heldout"]  # the same start
 
     def no_step(recipe, loss):
         return lambda *_: pytest.fail("a finished run takes no step")
 
     monkeypatch.setattr(bigs, "make_step", no_step)
-    again = studies.compare_variants(config, recipe, data, names, 2, tmp_path)
+    again = studies.compare_arms(configs, recipe, data, range(2), tmp_path)
     assert again == first
+
+
+def test_intervals_are_students():
+    losses = np.random.default_rng(0).normal(size=5)
+    found = stats.ttest_1samp(losses, 0).confidence_interval(0.95)
+    assert studies.paired_interval(losses) == pytest.approx(
+        (found.high - found.low) / 2
+    )
 
 
 @pytest.mark.slow

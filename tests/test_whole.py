@@ -320,6 +320,8 @@ def test_what_inspect_reads(tmp_path, monkeypatch):
         "losses_without",
         lambda network, tokenizer, text: losses[Path(text).name],
     )
+    monkeypatch.setattr(studies, "losses_shortened", lambda *_: {"-1": 6.0, "127": 5.0})
+    monkeypatch.setattr(studies, "pieces_a_character", lambda *_: 0.25)
     kernels = {which: bigs.kernels_of(model(which)) for which in losses}
     monkeypatch.setattr(bigs, "from_pretrained", lambda name, task: name)
     monkeypatch.setattr(bigs, "load_tokenizer", lambda name: None)

@@ -19,8 +19,11 @@ import jax
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import benchmark, corpora, glue, studies
+from workshop import benchmark, corpora, glue, grammar, studies
+from workshop.arms import of_one_size
 from workshop.tpu import layers_on_tpu, steps_on_tpu
+
+ARMS = of_one_size(bigs.tiny)
 
 
 def drawings() -> list[Callable]:
@@ -286,17 +289,12 @@ class Changes:
     save_every: int | None = None
     keep: int | None = None
 
-    def of(self, recipe: bigs.Recipe, groups: str | None, seed: int) -> bigs.Recipe:
-        """The recipe with these changes, the named groups and the seed."""
+    def of(self, recipe: bigs.Recipe, seed: int) -> bigs.Recipe:
+        """The recipe with these changes and the seed."""
         given = {
             field: value for field, value in asdict(self).items() if value is not None
         }
-        return replace(
-            recipe,
-            seed=seed,
-            **given,
-            **(bigs.choose(bigs.GROUPS, "groups", groups) if groups else {}),
-        )
+        return replace(recipe, seed=seed, **given)
 
 
 def model_for(
@@ -331,7 +329,6 @@ def command_pretrain(
     size: str = "mini",
     recipe: str = "documented",
     model: str | None = None,
-    groups: str | None = None,
     precision: str | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -342,15 +339,14 @@ def command_pretrain(
 
     Args:
         output: folder for checkpoints, log and the finished model.
-        size: tiny, boxed, mini, base or large (the paper's, 23 layers of 1024).
+        size: tiny, twin, boxed, mini, base or large (the paper's, 23 layers of 1024).
         recipe: documented (the authors' run: 100,000 steps of 1048 x 128), short,
             medium or full (the paper's 11, 29 and 97 billion tokens), longer (their
-            10,000 steps at 512), demonstration (minutes on a CPU), boxed (hours on a
-            CPU) or quarter-hour.
+            10,000 steps at 512), annotated (ours for small models, an hour or two on a
+            CPU), twin (the authors' way at that size), boxed (the model in the box, on
+            a GPU), demonstration (minutes on a CPU) or quarter-hour.
         model: folder or hub name of a model to go on from, its size and vocabulary
             included.
-        groups: published (one rate, decay on the SSMs, too) or annotated (twice the
-            rate, no decay there); default: the recipe's.
         precision: of products, float32 or bfloat16; default: bfloat16 but on a CPU (the
             paper: float32).
         seed: decides the start, the masks and the order of the text.
@@ -361,7 +357,7 @@ def command_pretrain(
             output folder.
     """
     config = bigs.choose(bigs.SIZES, "size", size)
-    plan = changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), groups, seed)
+    plan = changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), seed)
     if precision is not None:
         bigs.choose({"float32": 0, "bfloat16": 0}, "precision", precision)
     join_processes(distributed)
@@ -418,6 +414,21 @@ def command_export(run: Path, output: Path, compact: bool = False) -> None:
     print(f"{output}: the model after {step} steps")
 
 
+def masked_model(name: str) -> bigs.BiGS:
+    """A model that was pretrained to fill masks; UserError for another."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*drawn anew", UserWarning)
+            return bigs.from_pretrained(name, "masked_lm")
+    except UserWarning:
+        raise bigs.UserError(
+            f"{name}: this model has no head for masked words; give one that was"
+            " pretrained"
+        ) from None
+
+
 def command_inspect(
     model: str = str(bigs.BOXED),
     finetuned: str | None = None,
@@ -430,12 +441,12 @@ def command_inspect(
 
     Args:
         model: folder or hub name of a model with SSMs; default: the model in
-            data/bigs-mini.
+            data/bigs-boxed.
         finetuned: the same model after fine-tuning.
         run: the run of pretrain that made it, for the start and the way.
         heldout: texts that it has not read, to measure the loss on, with all kernels
             and without.
-        output: folder for kernels.npz and reading.json.
+        output: folder for kernels.npz and, with held-out texts, reading.json.
     """
     network = bigs.from_pretrained(model, "masked_lm")
     tokenizer = bigs.load_tokenizer(model)
@@ -464,60 +475,88 @@ def command_inspect(
         Path(text).name: studies.losses_without(network, tokenizer, text)
         for text in heldout
     }
+    short = {
+        Path(text).name: studies.losses_shortened(network, tokenizer, text)
+        for text in heldout
+    }
+    pieces = {
+        Path(text).name: studies.pieces_a_character(tokenizer, text) for text in heldout
+    }
     if losses:
         bigs.print_silenced(losses)
+        studies.print_shortened(short)
     if output is not None:
         with bigs.write_folder_whole(output) as part:
             np.savez_compressed(part / "kernels.npz", **found)
-            bigs.keep_results(part / "reading.json", losses=losses)
+            if heldout:
+                bigs.keep_results(
+                    part / "reading.json",
+                    losses=losses,
+                    shortened=short,
+                    pieces_a_character=pieces,
+                )
 
 
 def command_compare(
     reading: Reading,
     size: str = "tiny",
-    variants: tuple[str, ...] = tuple(bigs.VARIANTS),
+    arms: tuple[str, ...] = tuple(ARMS),
     seeds: int = 3,
-    steps: int = 500,
+    first_seed: int = 0,
+    steps: int = 2441,
     batch: int = 32,
+    learning_rate: float = 4e-3,
+    matrix_rate: float = 0.01,
     output: Path = bigs.RUNS / "compare",
     json: Path | None = None,
 ) -> None:
-    """Pretrain variants of one recipe with several seeds and compare their held-out
-    losses; resumes if killed.
+    """Pretrain architectures of equal size with several seeds, by the recipe annotated
+    with a table of positions, and compare their held-out losses; resumes if killed.
 
     Args:
-        size: tiny, boxed, mini, base or large.
-        variants: which to run; differences are to the first.
-        seeds: runs of each variant.
+        size: tiny, twin, boxed, mini, base or large.
+        arms: which to run; differences are to the first.
+        seeds: runs of each arm.
+        first_seed: the seed of the first; rates are best chosen on a seed of their own.
         steps: steps of a run.
         batch: rows of 128 tokens in a batch.
+        learning_rate: peak of AdamW's, for all but the layers' matrices.
+        matrix_rate: peak of Muon's, for these.
         output: folder for the runs.
         json: also write the losses to this file.
     """
-    for variant in variants:
-        bigs.choose(bigs.VARIANTS, "variants", variant)
-    recipe = bigs.Recipe(
-        steps=steps, batch=batch, learning_rate=1e-3, evaluate_every=steps
+    for arm in arms:
+        bigs.choose(ARMS, "arms", arm)
+    recipe = replace(
+        bigs.RECIPES["annotated"],
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        matrix_rate=matrix_rate,
+        positions=True,
+        evaluate_every=steps,
+        save_every=steps,
+        keep=1,
     )
     data = reading.dataset(recipe.length)
     config = replace(
         bigs.choose(bigs.SIZES, "size", size), vocab_size=len(data.tokenizer)
     )
-    losses = studies.compare_variants(config, recipe, data, variants, seeds, output)
-    bigs.print_variants(losses)
+    configs = of_one_size(config)
+    chosen = {arm: configs[arm] for arm in arms}
+    every = range(first_seed, first_seed + seeds)
+    losses = studies.compare_arms(chosen, recipe, data, every, output)
+    studies.print_arms(losses)
     if json is not None:
-        epochs = recipe.tokens / (len(data.train.tokens) * recipe.length)
-        names = (
-            ", ".join(Path(source).name for source in reading.corpus)
-            or "embedded English"
-        )
+        sources = map(Path, reading.corpus)
         bigs.keep_results(
             json,
             losses=losses,
-            corpus=names,
+            seeds=list(every),
+            parameters={arm: bigs.parameters(chosen[arm]) for arm in arms},
+            recipe=asdict(recipe),
+            corpus=", ".join(p.name for p in sources) or "embedded English",
             size=size,
-            tokens=recipe.tokens,
-            epochs=round(epochs, 2),
         )
 
 
@@ -529,27 +568,43 @@ def command_fill_mask(
     Args:
         text: a text with at least one [MASK].
         model: folder or hub name, e.g. JunxiongWang/BiGS_128; default: the model in
-            data/bigs-mini.
+            data/bigs-boxed.
         top: how many words.
     """
-    import warnings
-
     if top < 1:
         raise bigs.UserError(f"top: {top} is not positive")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*drawn anew", UserWarning)
-            network = bigs.from_pretrained(model, "masked_lm")
-            tokenizer = bigs.load_tokenizer(model)
-    except UserWarning:
-        raise bigs.UserError(
-            f"{model}: this model has no head for masked words; give one that was"
-            " pretrained"
-        ) from None
+    network = masked_model(model)
+    tokenizer = bigs.load_tokenizer(model)
     for number, words in enumerate(bigs.fill_mask(network, tokenizer, text, top), 1):
         print(f"[MASK] {number}")
         for word, p in words:
             print(f"  {word:20s}{p:9.4%}")
+
+
+def command_grammar(
+    pairs: Path,
+    model: str = str(bigs.BOXED),
+    every: int = 1,
+    json: Path | None = None,
+) -> None:
+    """Count minimal pairs of sentences, as BLiMP has them, of which the model finds the
+    grammatical one likelier.
+
+    Args:
+        pairs: file of pairs, JSON lines, plain or gzip.
+        model: folder or hub name of a model with a head for masked words; default: the
+            model in data/bigs-boxed.
+        every: take each so many-th pair, for a quick look.
+        json: also write the accuracies to this file.
+    """
+    if every < 1:
+        raise bigs.UserError(f"every: {every} is not positive")
+    network = masked_model(model)
+    tokenizer = bigs.load_tokenizer(model)
+    found = grammar.accuracy(network, tokenizer, grammar.read_pairs(pairs)[::every])
+    grammar.print_accuracy(found)
+    if json is not None:
+        bigs.keep_results(json, model=model, **found)
 
 
 @dataclass(frozen=True)
@@ -656,7 +711,7 @@ def finetuned_task(
 def command_finetune(
     output: Path,
     grid: Grid,
-    task: tuple[str, ...] = ("pairs",),
+    task: tuple[str, ...] = ("order",),
     model: str = str(bigs.BOXED),
     data: Path | None = None,
     seeds: int = 1,
@@ -670,10 +725,10 @@ def command_finetune(
 
     Args:
         output: folder for models, records of runs, and answers to the test sets.
-        task: mnli, qnli, qqp, rte, sst2, mrpc, cola, stsb, wnli, all, or pairs, which
-            need no download.
+        task: mnli, qnli, qqp, rte, sst2, mrpc, cola, stsb, wnli, all, or order,
+            which needs no download.
         model: folder or hub name of a pretrained model; default: the model in
-            data/bigs-mini.
+            data/bigs-boxed.
         data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
         seeds: runs of each task (the paper: 6).
         start: model fine-tuned on mnli, from which rte, mrpc and stsb start; default:
@@ -691,7 +746,7 @@ def command_finetune(
         for name in given:
             bigs.choose(table, field, name)
     names = [
-        name for name in bigs.GLUE if name in task or "all" in task and name != "pairs"
+        name for name in bigs.GLUE if name in task or "all" in task and name != "order"
     ]
     if seeds < 1:
         raise bigs.UserError(f"seeds: {seeds} is not positive")
@@ -701,11 +756,12 @@ def command_finetune(
     found = {}
     texts = {name: glue.task_texts(name, data) for name in names}
     for name, splits in texts.items():
-        if missing := [
+        missing = [
             split
             for split in ("train", "dev")
             if not any(s.startswith(split) for s in splits)
-        ]:
+        ]
+        if missing:
             if len(names) == 1:
                 raise bigs.UserError(
                     f"data: there is no {missing[0]} set of {name} in"
@@ -744,7 +800,8 @@ def command_benchmark(
     them for a TPU.
 
     Args:
-        size: tiny, boxed, mini, base or large (the paper's); with --tpu always large.
+        size: tiny, twin, boxed, mini, base or large (the paper's); with --tpu
+            always large.
         lengths: tokens of a text; default: 128 to 8192, doubling.
         tokens: tokens in a batch, unless one text is longer.
         repeats: rounds of which the median is taken.
@@ -809,6 +866,7 @@ COMMANDS = {
     "compare": command_compare,
     "finetune": command_finetune,
     "fill-mask": command_fill_mask,
+    "grammar": command_grammar,
     "benchmark": command_benchmark,
 }
 

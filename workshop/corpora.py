@@ -413,7 +413,8 @@ def prepared(part: Part, tokenizer, L: int, split: bool):
             key,
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(cause := error.__cause__, bigs.UserError):
+        cause = error.__cause__
+        if isinstance(cause, bigs.UserError):
             raise cause from None
         raise bigs.UserError(
             f"{part.name}: its rows of {L} tokens could not be prepared"
@@ -464,9 +465,9 @@ def prepare(
             if cut
         ]
         held = [
-            table.select(range(cut, size))
+            table.select(range(cut, len(table)))
             for table, cut in zip(tables, cuts, strict=True)
-            if cut < (size := len(table))
+            if cut < len(table)
         ]
     found = [sum(map(len, side)) for side in (train, held)]
     if 0 in found:
@@ -568,11 +569,9 @@ def load_vocabulary(name: str):
                 " fetched from the hub; give a file like BERT's vocab.txt"
             ) from None
     pieces = path.read_text("utf-8").removesuffix("\n").split("\n")
-    if lacking := [
-        token
-        for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-        if token not in pieces
-    ]:
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    lacking = [token for token in special if token not in pieces]
+    if lacking:
         raise bigs.UserError(
             f"vocabulary: {name} lacks {', '.join(lacking)}; give a file like BERT's"
             " vocab.txt"

@@ -151,7 +151,8 @@ def official_split(name: str, split: str, data: Path) -> Texts | None:
     pattern = (
         "*/diagnostic.tsv*" if split == "diagnostic" else f"{task.folder}/{split}*.tsv*"
     )
-    if not (files := sorted(data.glob(pattern))):
+    files = sorted(data.glob(pattern))
+    if not files:
         return None
     header = COLA if name == "cola" and not tested else ()
     texts = []
@@ -194,8 +195,8 @@ def hub_split(name: str, split: str) -> Texts | None:
             return None
         raise bigs.UserError(
             f"data: {HUB} cannot be had ({type(error).__name__}); pass the folder of"
-            " GLUE's official files with --data, or take --task pairs, which are made"
-            " of installed documentation"
+            " GLUE's official files with --data, or take --task order, whose"
+            " sentences come from installed documentation"
         ) from None
     texts = zip(
         *(table[column] for column in HUB_TEXTS.get(which, bigs.GLUE[name].texts)),
@@ -207,14 +208,11 @@ def hub_split(name: str, split: str) -> Texts | None:
 @functools.cache
 def task_texts(name: str, data: Path | None) -> dict[str, Texts]:
     """All splits of a task that are there, from a folder or the hub; or the embedded
-    pairs.
+    sentences.
     """
-    if name == "pairs":
-        pairs = dict(zip(("train", "dev"), bigs.pair_task(), strict=True))
-        return {
-            split: Texts([p[:2] for p in own], np.array([p.label for p in own]))
-            for split, own in pairs.items()
-        }
+    if name == "order":
+        parts = zip(("train", "dev"), bigs.order_task(), strict=True)
+        return {split: Texts(*own) for split, own in parts}
     if data is not None and not data.is_dir():
         raise bigs.UserError(
             f"data: {data} is no folder; pass the one that holds CoLA, SST-2 and the"
@@ -307,14 +305,16 @@ def tune(
     tuned = bigs.finetune(model, train, tuning, seed, score)
     seconds = time.perf_counter() - began
     both = {"best": tuned.best, "last": tuned.last}
+    outputs = {
+        kind: {split: bigs.predict(model, own) for split, own in tests.items()}
+        for kind, model in both.items()
+    }
     scores = {
         kind: {
-            split: bigs.task_scores(
-                task, bigs.predict(model, examples), examples.labels
-            )
-            for split, examples in tests.items()
+            split: bigs.task_scores(task, found, tests[split].labels)
+            for split, found in own.items()
         }
-        for kind, model in both.items()
+        for kind, own in outputs.items()
     }
     return {
         "task": name,
@@ -325,8 +325,64 @@ def tune(
         "examples": {split: len(texts.texts) for split, texts in splits.items()},
         "evaluations": tuned.scores,
         **scores,
+        "answers": {
+            kind: answers_of(task, next(iter(own.values())))
+            for kind, own in outputs.items()
+        },
         "measured": bigs.circumstances(),
     }, tuned.best
+
+
+def answers_of(task: bigs.Task, outputs: np.ndarray) -> list[int] | list[float]:
+    """The label or the score that a model gives to each example.
+
+    >>> answers_of(bigs.GLUE["sst2"], np.array([[0.1, 0.9], [0.8, 0.2]]))
+    [1, 0]
+    """
+    if task.labels:
+        return outputs.argmax(1).tolist()
+    return [round(float(score), 4) for score in outputs[:, 0]]
+
+
+def paired_gain(
+    task: bigs.Task,
+    labels: np.ndarray,
+    ours: list[list[int]] | list[list[float]],
+    theirs: list[list[int]] | list[list[float]],
+    draws: int = 1000,
+) -> tuple[float, float, float]:
+    """By how much the mean score of `ours` is above that of `theirs`, and a 95 %
+    interval over the examples: both answer the same ones, drawn anew with replacement.
+    An answer list for each seed; what another seed would change is not in the interval.
+
+    >>> right = [0, 1] * 50
+    >>> paired_gain(bigs.GLUE["sst2"], np.array(right), [right], [right])
+    (0.0, 0.0, 0.0)
+    """
+
+    def outputs(answers):
+        answers = np.asarray(answers)
+        return np.eye(len(task.labels))[answers] if task.labels else answers[:, None]
+
+    ours, theirs = ([outputs(run) for run in runs] for runs in (ours, theirs))
+
+    def difference(chosen):
+        means = [
+            np.mean(
+                [
+                    bigs.task_scores(task, run[chosen], labels[chosen])[task.metrics[0]]
+                    for run in runs
+                ]
+            )
+            for runs in (ours, theirs)
+        ]
+        return means[0] - means[1]
+
+    rng = np.random.default_rng(0)
+    n = len(labels)
+    found = [difference(rng.integers(n, size=n)) for _ in range(draws)]
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(difference(np.arange(n))), float(low), float(high)
 
 
 ANSWERS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
@@ -451,6 +507,22 @@ def summary(
             }
             for kind in ("best", "last")
         }
+    answers = {
+        (variant, kind): [
+            record["answers"][kind]
+            for record in records
+            if record["variant"] == variant
+        ]
+        for variant in table
+        for kind in ("best", "last")
+    }
+    first = next(iter(table))
+    for variant, kind in answers:
+        if variant != first:
+            gains = table[variant].setdefault("gains", {first: {}})
+            gains[first][kind] = paired_gain(
+                task, splits[dev].labels, answers[first, kind], answers[variant, kind]
+            )
     return {
         "examples": records[0]["examples"],
         "dev": dev,

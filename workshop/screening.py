@@ -3,34 +3,43 @@
     python workshop/screening.py --text FOLDER --output runs/screening.jsonl
 
 FOLDER holds the shards of text: `*-valid.jsonl.xz` are held out, and all others are
-trained on. Under one seed every run reads the same rows in the same order with the same
-random numbers for its masks. A finished run is one line of the output and is not run
-again; a run that was killed begins again. The size is that of the model in the box, its
-vocabulary too, and the held-out loss is measured on the same 512 rows, masked by the
-published rule, whatever the run itself is trained on.
+trained on. Under one seed every run reads the same rows in the same order, and a row
+is masked by the same random numbers. A finished run is one line of the output and is
+not run again. The size is that of the model in the box, its vocabulary too, and the
+held-out loss is measured on the same 512 rows, masked by the published rule, whatever
+the run itself is trained on.
+
+Runs of one shape that differ in numbers alone are made side by side in one program,
+`--together` of them: on a GPU two dozen take hardly longer than one. On a CPU one run
+at a time is as fast as any number.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import annotated_bigs as bigs
-from workshop import corpora
+from annotated_bigs import by_path, is_matrix
 
-WIDTH_RULE = 0.02 * float(np.sqrt(1024 / bigs.boxed.hidden_size))
+WIDTH_RULE = bigs.start_for(bigs.twin.hidden_size)
 SEED_OF_RATES = 100  # learning rates are chosen on this seed, which is not used again
 TOKENS = 4_096_000
+SEEDS = (1, 2, 3)  # of what is measured again
 EVALUATIONS = 8
 
 
@@ -57,6 +66,7 @@ class Way:
     even_steps: bool = False  # step sizes spread evenly over layers and directions
     last: float = 1.0  # factor on the start of each layer's last matrix
     positions: bool = True  # False: the table of positions stays zero
+    config: tuple[tuple[str, Any], ...] = ()  # fields of the config, and their values
 
 
 class Run(NamedTuple):
@@ -71,41 +81,60 @@ class Run(NamedTuple):
         return json.dumps([self.name, asdict(self.way), self.seed, self.tokens])
 
 
-def by_path(test: Callable[[tuple], bool]) -> Callable[[Any], Any]:
-    """A function from a tree of parameters to the test's answers for their paths."""
+class Numbers(NamedTuple):
+    """A run in numbers: what may differ among runs that are made side by side."""
 
-    def mask(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: test(path), tree)
+    seed: Any
+    start: Any
+    last: Any
+    positions: Any  # 1, or 0: frozen
+    steps: Any  # of the SSMs, see even_steps
+    rates: Any  # of Muon, by step
+    adam_rates: Any
+    b2: Any
+    eps: Any
+    decay: Any
+    ssm_decay: Any
+    ssm_rate: Any
+    clip: Any
 
-    return mask
+
+def initial_model(config: bigs.Config, way: Numbers) -> bigs.BiGS:
+    """A fresh model, as the way has it start. In the head's own matrix, before a
+    LayerNorm, the way's start multiplies the usual one, so that it is smaller here than
+    in `fresh_state`.
+    """
+    seed = jax.random.key(way.seed)
+    model = bigs.BiGS(replace(config, initializer_range=1.0), seed=seed)
+
+    def start(path, weights):
+        names = bigs.names_of(path)
+        if names[-1] in ("kernel", "embedding"):
+            weights = way.start * weights
+        if "W_o" in names and names[-1] == "kernel":
+            weights = way.last * weights
+        if "positions" in names:
+            weights = way.positions * weights
+        if names[-1] == "log_step":
+            evenly = way.steps[0 if "forward" in names else 1].reshape(weights.shape)
+            weights = jnp.where(jnp.isnan(evenly), weights, evenly)
+        return weights
+
+    return jax.tree_util.tree_map_with_path(start, model)
 
 
-def is_matrix(path: tuple) -> bool:
-    """Whether a path leads to a matrix of a layer, which Muon takes care of."""
-    names = bigs.names_of(path)
-    return "layers" in names and names[-1] == "kernel"
+def even_steps(config: bigs.Config, seed: int) -> np.ndarray:
+    """Logarithms of step sizes for both directions of all layers, spread evenly between
+    those of 0.01 and 1 and shuffled; without a seed (-1) not a number: they are drawn.
 
-
-def initial_model(way: Way, seed: int) -> bigs.BiGS:
-    """A fresh model of the size `boxed`, as the way has it start."""
-    config = replace(
-        bigs.boxed, initializer_range=way.start, hidden_dropout_prob=way.dropout
-    )
-    model = bigs.BiGS(config, seed=seed)
-    changes = {}
-    if way.last != 1:
-        last = model.encoder.layers.W_o.kernel[...]
-        changes["encoder", "layers", "W_o", "kernel"] = way.last * last
-    if not way.positions:
-        table = model.encoder.positions.embedding[...]
-        changes["encoder", "positions", "embedding"] = 0 * table
-    if way.even_steps:
-        count = 2 * config.num_hidden_layers
-        log_steps = np.log(0.01) * (1 - (np.arange(count) + 0.5) / count)
-        mixed = np.random.default_rng(seed).permutation(log_steps).reshape(2, -1, 1)
-        changes["encoder", "layers", "forward", "log_step"] = mixed[0]
-        changes["encoder", "layers", "backward", "log_step"] = mixed[1]
-    return bigs.with_parameters(model, changes)
+    >>> even_steps(bigs.tiny, 0).shape
+    (2, 4)
+    """
+    count = 2 * config.num_hidden_layers
+    if seed < 0:
+        return np.full((2, count // 2), np.nan)
+    log_steps = np.log(0.01) * (1 - (np.arange(count) + 0.5) / count)
+    return np.random.default_rng(seed).permutation(log_steps).reshape(2, -1)
 
 
 def learning_rate(way: Way, steps: int, peak: float) -> Callable[[int], float]:
@@ -124,71 +153,127 @@ def learning_rate(way: Way, steps: int, peak: float) -> Callable[[int], float]:
     return optax.join_schedules(parts, [rising, steps - falling])
 
 
-def make_optimizer(way: Way, steps: int) -> optax.GradientTransformation:
-    """Muon for the layers' matrices and AdamW for the rest, or AdamW for everything."""
-    decayed = by_path(lambda path: bigs.is_decayed(path, way.ssm_decay))
-    core = optax.adamw(
-        learning_rate(way, steps, way.adam_rate),
-        b2=way.b2,
-        eps=way.eps,
-        weight_decay=way.decay,
-        mask=decayed,
+def in_numbers(run: Run, config: bigs.Config, steps: int) -> Numbers:
+    """The numbers of a run."""
+    way = run.way
+    every = jnp.arange(steps)
+
+    def rates(peak):
+        return np.asarray(jax.vmap(learning_rate(way, steps, peak))(every), np.float32)
+
+    return Numbers(
+        seed=np.uint32(run.seed),
+        start=np.float32(way.start),
+        last=np.float32(way.last),
+        positions=np.float32(way.positions),
+        steps=even_steps(config, run.seed if way.even_steps else -1).astype(np.float32),
+        rates=rates(way.rate),
+        adam_rates=rates(way.adam_rate),
+        b2=np.float32(way.b2),
+        eps=np.float32(way.eps),
+        decay=np.float32(way.decay),
+        ssm_decay=np.float32(way.decay * way.ssm_decay),
+        ssm_rate=np.float32(way.ssm_rate),
+        clip=np.float32(way.clip or np.inf),
     )
-    if way.optimizer == "muon":
+
+
+def make_optimizer(
+    optimizer: str, way: Numbers, step: Any = 0
+) -> optax.GradientTransformation:
+    """One step of Muon for the layers' matrices and AdamW for the rest, or of AdamW for
+    everything."""
+    dense = by_path(lambda path: bigs.is_decayed(path, ssm_decay=False))
+    parts = [
+        optax.scale_by_adam(b2=way.b2, eps=way.eps),
+        optax.add_decayed_weights(way.decay, dense),
+        optax.add_decayed_weights(way.ssm_decay, by_path(bigs.is_ssm)),
+        optax.masked(optax.scale(way.ssm_rate), by_path(bigs.is_ssm)),
+        optax.scale(-way.adam_rates[step]),
+    ]
+    core = optax.chain(*parts)
+    if optimizer == "muon":
         # By itself `muon` decays nothing that its own AdamW takes care of.
         one_matrix = optax.contrib.MuonDimensionNumbers(1, 2)  # axis 0 counts layers
         muon = optax.contrib.muon(
-            learning_rate(way, steps, way.rate),
+            way.rates[step],
             weight_decay=way.decay,
             muon_weight_dimension_numbers=by_path(lambda path: one_matrix),
         )
         chosen = by_path(lambda path: "muon" if is_matrix(path) else "adam")
         core = optax.partition({"muon": muon, "adam": core}, chosen)
-    parts = [core]
-    if way.clip:
-        parts.insert(0, optax.clip_by_global_norm(way.clip))
-    if way.ssm_rate != 1:
-        slower = optax.scale(way.ssm_rate)
-        parts.append(optax.masked(slower, by_path(bigs.is_ssm)))
-    if not way.positions:
-        table = by_path(lambda path: "positions" in bigs.names_of(path))
-        parts.append(optax.masked(optax.set_to_zero(), table))
-    return optax.chain(*parts)
+    table = by_path(lambda path: "positions" in bigs.names_of(path))
+    return optax.chain(
+        optax.clip_by_global_norm(way.clip),
+        core,
+        optax.masked(optax.scale(way.positions), table),
+    )
 
 
 def masked_batch(
-    rows: bigs.Rows, numbers: np.ndarray, seed: int, share: float, kept: float
+    rows: bigs.Rows,
+    numbers: np.ndarray,
+    luck: np.ndarray,
+    shares: np.ndarray,
+    kept: float,
+    most: int,
 ) -> bigs.Batch:
-    """`mask_tokens` with any share of chosen words, and any share kept of these.
+    """`mask_tokens` with a share of chosen words for each row, in arrays for `most` of
+    them, and any share kept of these.
 
     >>> rows = bigs.Rows(np.arange(5, 261).reshape(2, 128), 1000, 4, (0, 2, 3))
     >>> numbers = np.arange(2)
     >>> luck = np.stack([bigs.luck(7, 0, row, 128) for row in range(2)])
-    >>> ours = masked_batch(rows, numbers, 7, 0.15, 0.1)
+    >>> ours = masked_batch(rows, numbers, luck, np.array([0.15, 0.15]), 0.1, 19)
     >>> theirs = bigs.mask_tokens(rows, numbers, luck)
-    >>> all(np.array_equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+    >>> sorted(ours.labels[0]) == sorted(theirs.labels[0])
+    True
+    >>> np.array_equal(ours.input_ids, theirs.input_ids)
     True
     """
-    tokens = rows.tokens[numbers]
-    length = tokens.shape[1]
-    count = max(1, round(share * length))
-    luck = np.stack([bigs.luck(seed, 0, int(row), length) for row in numbers])
+    tokens = np.asarray(rows.tokens[numbers], np.int32)
     scores = luck[:, 0] + np.isin(tokens, rows.special_ids)
-    positions = np.sort(np.argpartition(scores, count, axis=1)[:, :count], axis=1)
+    positions = np.argsort(scores, axis=1)[:, :most]
+    count = np.maximum(1, np.round(shares * tokens.shape[1]))
+    asked = np.arange(most) < count[:, None]
     original = np.take_along_axis(tokens, positions, 1)
-    labels = np.where(np.isin(original, rows.special_ids), 0, original)
+    labels = np.where(np.isin(original, rows.special_ids) | ~asked, 0, original)
     dice = np.take_along_axis(luck[:, 1], positions, 1)
     noise = np.take_along_axis(luck[:, 2], positions, 1)
     random_words = (noise * rows.vocab_size).astype(np.int32)
     random_words = np.minimum(random_words, rows.vocab_size - 1)
     shown = np.where(dice < 1 - kept, random_words, labels)
     shown = np.where(dice < 1 - 2 * kept, rows.mask_id, shown)
-    input_ids = tokens.copy()
-    np.put_along_axis(
-        input_ids, positions, np.where(labels > 0, shown, original), axis=1
-    )
-    return bigs.Batch(
-        *(part.astype(np.int32) for part in (input_ids, positions, labels))
+    shown = np.where(labels > 0, shown, original)
+    np.put_along_axis(tokens, positions, shown, axis=1)
+    return bigs.Batch(tokens, positions.astype(np.int32), labels.astype(np.int32))
+
+
+@functools.lru_cache(4096)
+def luck_of(seed: int, row: int) -> np.ndarray:
+    """What decides the masks of a row."""
+    return bigs.luck(seed, 0, row, 128)
+
+
+def masked_rows(
+    data: bigs.Dataset,
+    reading: tuple,
+    steps: range,
+    sizes: list[int],
+    most: int,
+) -> bigs.Batch:
+    """The batches of some steps of one size, along a further first axis."""
+    seed, masking, kept = reading
+    size = sizes[steps.start]
+    before = sum(sizes[: steps.start])
+    order = bigs.epoch_order(len(data.train.tokens), seed, 0)
+    numbers = order[before : before + size * len(steps)]
+    every = np.repeat(np.array(steps), size)
+    shares = np.array(masking)[every * len(masking) // len(sizes)]
+    luck = np.stack([luck_of(seed, row) for row in numbers.tolist()])
+    batch = masked_batch(data.train, numbers, luck, shares, kept, most)
+    return jax.tree.map(
+        lambda part: part.reshape(len(steps), size, *part.shape[1:]), batch
     )
 
 
@@ -202,58 +287,149 @@ def batch_sizes(way: Way, tokens: int, length: int = 128) -> list[int]:
     return [size for size in way.batches for _ in range(each // size)]
 
 
-def spread(model: bigs.BiGS) -> float:
+def spread(model: bigs.BiGS) -> jax.Array:
     """Standard deviation of the encoder's output for random words."""
     words = np.random.default_rng(0).integers(5, model.config.vocab_size, (8, 128))
-    return float(np.std(model.encoder(words, np.ones(words.shape, bool))))
+    return jnp.std(model.encoder(words, np.ones(words.shape, bool)))
 
 
-def train(run: Run, data: bigs.Dataset) -> dict[str, Any]:
-    """Make one run; its held-out losses by tokens read, its last one, and its speed."""
-    way = run.way
-    sizes = batch_sizes(way, run.tokens)
-    steps = len(sizes)
-    optimizer = make_optimizer(way, steps)
-    model = initial_model(way, run.seed)
-    moments = jax.jit(optimizer.init)(model)
+def heldout(model: bigs.BiGS, batches: bigs.Batch) -> jax.Array:
+    """Mean loss of batches that lie along a further first axis."""
+    return jax.lax.map(lambda batch: bigs.fast_loss(model, batch), batches).mean()
 
-    @jax.jit
-    def step(model, moments, batch, number):
-        key = jax.random.fold_in(jax.random.key(run.seed), number)
+
+@functools.cache
+def programs(config: bigs.Config, optimizer: str) -> tuple[Callable, ...]:
+    """Compiled, each for several runs side by side: their start; some steps; their
+    held-out losses; the spreads of their outputs.
+    """
+
+    def begin(way):
+        model = initial_model(config, way)
+        return model, make_optimizer(optimizer, way).init(model)
+
+    def one_step(model, moments, way, batch, number):
+        key = jax.random.fold_in(jax.random.key(way.seed), number)
         loss, gradient = jax.value_and_grad(bigs.fast_loss)(
-            model, batch, key if way.dropout else None
+            model, batch, key if config.hidden_dropout_prob else None
         )
-        updates, moments = optimizer.update(gradient, moments, model)
+        update = make_optimizer(optimizer, way, number).update
+        updates, moments = update(gradient, moments, model)
         return optax.apply_updates(model, updates), moments, loss
 
-    order = np.random.default_rng((run.seed, 0, 0)).permutation(len(data.train.tokens))
-    marks = [round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)]
-    curve, losses, seconds = [], [], []
-    read = 0
-    for number, size in enumerate(sizes):
-        share = way.masking[number * len(way.masking) // steps]
-        rows = order[read : read + size]
-        batch = masked_batch(data.train, rows, run.seed, share, way.kept)
-        read += size
-        start = time.perf_counter()
-        model, moments, loss = step(model, moments, batch, number)
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-        if number + 1 in marks:
-            heldout = round(bigs.evaluate(model, data, bigs.fast_loss), 5)
-            mean = round(float(np.mean(losses)), 5)
-            curve.append({"tokens": read * 128, "heldout": heldout, "loss": mean})
-            print(
-                f"  {read * 128 / 1e6:6.2f} million tokens: {heldout:.4f}", flush=True
+    def walk(models, moments, ways, batches, which, first):
+        """Steps on batches, an array of (step, kind, rows, ...); `which` says what kind
+        each run reads.
+        """
+
+        def step(carry, batch):
+            models, moments, number = carry
+            own = jax.tree.map(lambda part: part[which], batch)
+            together = jax.vmap(one_step, (0, 0, 0, 0, None))
+            models, moments, losses = together(models, moments, ways, own, number)
+            return (models, moments, number + 1), losses
+
+        carry, losses = jax.lax.scan(step, (models, moments, first), batches)
+        return *carry[:2], losses.mean(0)
+
+    return (
+        jax.jit(jax.vmap(begin)),
+        jax.jit(walk, donate_argnums=(0, 1)),
+        jax.jit(jax.vmap(heldout, (0, None))),
+        jax.jit(jax.vmap(spread)),
+    )
+
+
+def shape_of(run: Run) -> tuple:
+    """What runs have to share to be made side by side."""
+    config = replace(
+        bigs.twin, hidden_dropout_prob=run.way.dropout, **dict(run.way.config)
+    )
+    return config, run.way.optimizer, run.way.batches, run.tokens
+
+
+def reading(run: Run) -> tuple:
+    """What decides the batches of a run."""
+    return run.seed, run.way.masking, run.way.kept
+
+
+def stretches(sizes: list[int], most: int = 25) -> Iterator[range]:
+    """The steps of a run in pieces of one size of batch, so many at most in each.
+
+    >>> list(stretches([1, 1, 1, 2], 2))
+    [range(0, 2), range(2, 3), range(3, 4)]
+    """
+    first = 0
+    for _, same in itertools.groupby(sizes):
+        end = first + len(list(same))
+        for start in range(first, end, most):
+            yield range(start, min(start + most, end))
+        first = end
+
+
+def train(
+    runs: list[Run], data: bigs.Dataset, keep: Callable = lambda models: None
+) -> list[dict[str, Any]]:
+    """Make runs of one shape side by side; for each its held-out losses by tokens read,
+    its last one, and its speed. The models, along a further first axis, go to `keep`.
+    """
+    config, optimizer, batches, tokens = shape_of(runs[0])
+    sizes = batch_sizes(runs[0].way, tokens)
+    steps = len(sizes)
+    begin, walk, measure, spreads = programs(config, optimizer)
+    numbers = [in_numbers(run, config, steps) for run in runs]
+    ways = jax.tree.map(lambda *parts: jnp.stack(parts), *numbers)
+    models, moments = begin(ways)
+    readings = list(dict.fromkeys(map(reading, runs)))
+    which = jnp.array([readings.index(reading(run)) for run in runs])
+    held = jax.tree.map(lambda *parts: jnp.stack(parts), *data.heldout)
+    most = max(round(share * 128) for run in runs for share in run.way.masking)
+    ends = np.cumsum([0, *sizes]) * 128  # tokens read before each step
+    marks = [tokens * (i + 1) // EVALUATIONS for i in range(EVALUATIONS - 1)]
+    marks.append(int(ends[-1]))
+
+    def make(piece):
+        made = [masked_rows(data, kind, piece, sizes, most) for kind in readings]
+        return jax.tree.map(lambda *parts: np.stack(parts, 1), *made)
+
+    curves = [[] for _ in runs]
+    losses = []
+    seconds = []
+    pieces = list(stretches(sizes))
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make, piece) for piece in pieces[:2]]
+        for number, piece in enumerate(pieces):
+            batch = waiting.pop(0).result()
+            if number + 2 < len(pieces):
+                waiting.append(thread.submit(make, pieces[number + 2]))
+            clock = time.perf_counter()
+            models, moments, loss = walk(
+                models, moments, ways, batch, which, jnp.int32(piece.start)
             )
+            losses.append(np.asarray(loss))
+            seconds.append((time.perf_counter() - clock) / len(piece))
+            read = int(ends[piece.stop])
+            if read < marks[0]:
+                continue
+            marks.pop(0)
+            found = np.asarray(measure(models, held)).astype(float).round(5).tolist()
+            mean = np.mean(losses, 0).astype(float).round(5).tolist()
+            for i, curve in enumerate(curves):
+                curve.append({"tokens": read, "heldout": found[i], "loss": mean[i]})
+            print(f"{read / 1e6:7.2f} M:", *[f"{x:.3f}" for x in found], flush=True)
             losses = []
-    return {
-        "curve": curve,
-        "heldout": curve[-1]["heldout"],
-        "spread": round(spread(model), 3),
-        "steps": steps,
-        "step_seconds": round(float(np.median(seconds)), 4),
-    }
+    keep(models)
+    return [
+        {
+            "curve": curve,
+            "heldout": curve[-1]["heldout"],
+            "spread": round(float(width), 3),
+            "steps": steps,
+            "together": len(runs),
+            "step_seconds": round(float(np.median(seconds)) / len(runs), 5),
+        }
+        for curve, width in zip(curves, spreads(models), strict=True)
+    ]
 
 
 PUBLISHED = Way(
@@ -267,20 +443,25 @@ PUBLISHED = Way(
 ADAMW = Way(optimizer="adamw")
 
 
-def runs_for_rates() -> list[Run]:
-    """Three rates for each optimizer, on a seed that is not used again."""
-    runs = [Run("muon", Way(rate=rate), SEED_OF_RATES) for rate in (0.02, 0.01, 0.04)]
+def runs_for_rates(found: dict[str, dict]) -> list[Run]:
+    """Rates for each optimizer, a factor of two apart, on a seed that is not used
+    again. Muon has two rates, its own and that of AdamW for all it leaves out.
+    """
+    runs = [
+        Run("muon", Way(rate=rate, adam_rate=adam_rate), SEED_OF_RATES)
+        for rate in (0.01, 0.02, 0.04)
+        for adam_rate in (2e-3, 4e-3, 8e-3)
+    ]
     for name, way in (("adamw", ADAMW), ("published", PUBLISHED)):
-        for rate in (2e-3, 1e-3, 4e-3):
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3):
             runs.append(Run(name, replace(way, adam_rate=rate), SEED_OF_RATES))
-    for rate in (1e-3, 4e-3):
-        runs.append(Run("muon", Way(adam_rate=rate), SEED_OF_RATES))
     return runs
 
 
 CHANGES = {
     "none": {},
     "start 0.02": {"start": 0.02},
+    "start halved": {"start": WIDTH_RULE / 2},
     "start doubled": {"start": 2 * WIDTH_RULE},
     "epsilon 1e-6": {"eps": 1e-6},
     "beta_2 0.98": {"b2": 0.98},
@@ -295,9 +476,12 @@ CHANGES = {
     "clipping at 1": {"clip": 1.0},
     "SSMs at half the rate": {"ssm_rate": 0.5},
     "SSMs at twice the rate": {"ssm_rate": 2.0},
+    "SSMs at four times the rate": {"ssm_rate": 4.0},
     "SSMs decay": {"ssm_decay": True},
     "no decay": {"decay": 0.0},
     "decay 0.2": {"decay": 0.2},
+    "warm-up 1 %": {"warmup": 0.01},
+    "warm-up 10 %": {"warmup": 0.1},
     "steps drawn evenly": {"even_steps": True},
     "last projection scaled": {"last": float(1 / np.sqrt(12))},
     "last projection zero": {"last": 0.0},
@@ -313,15 +497,42 @@ def best_way(name: str, runs: list[Run], found: dict[str, dict]) -> Way:
     return min(own, key=lambda run: found[run.key()]["heldout"]).way
 
 
+def base_way(found: dict[str, dict]) -> Way:
+    """The best Muon of the runs for rates."""
+    return best_way("muon", runs_for_rates(found), found)
+
+
 def runs_of_changes(found: dict[str, dict]) -> list[Run]:
-    """One change at a time from the best Muon; the best AdamW and published runs."""
-    rates = runs_for_rates()
-    base = best_way("muon", rates, found)
-    runs = [Run(name, replace(base, **change), 0) for name, change in CHANGES.items()]
-    others = [
-        Run(name, best_way(name, rates, found), 0) for name in ("adamw", "published")
+    """One change at a time from the best Muon."""
+    base = base_way(found)
+    return [Run(name, replace(base, **change), 0) for name, change in CHANGES.items()]
+
+
+AGAIN = {
+    "none": {},
+    "masking 30 %": {"masking": (0.3,)},
+    "masking 40 %": {"masking": (0.4,)},
+    "30 %, decay 0.2": {"masking": (0.3,), "decay": 0.2},
+    "30 %, positions frozen": {"masking": (0.3,), "positions": False},
+    "30 %, SSMs twice": {"masking": (0.3,), "ssm_rate": 2.0},
+}
+
+
+def runs_again(found: dict[str, dict]) -> list[Run]:
+    """What helped most, and together, once more with three seeds."""
+    base = base_way(found)
+    return [
+        Run(name, replace(base, **change), seed)
+        for name, change in AGAIN.items()
+        for seed in SEEDS
     ]
-    return runs[:1] + others + runs[1:]
+
+
+PHASES = {
+    "rates": runs_for_rates,
+    "changes": runs_of_changes,
+    "again": runs_again,
+}
 
 
 def text_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -344,34 +555,52 @@ def finished(output: Path) -> dict[str, dict]:
     return {record["key"]: record for record in records}
 
 
-def screen(data: bigs.Dataset, output: Path) -> Iterator[Run]:
+def groups(runs: list[Run], together: int) -> list[list[Run]]:
+    """The runs in groups of one shape, so many at most in each."""
+    by_shape: dict[tuple, list[Run]] = {}
+    for run in runs:
+        by_shape.setdefault(shape_of(run), []).append(run)
+    return [
+        same[i : i + together]
+        for same in by_shape.values()
+        for i in range(0, len(same), together)
+    ]
+
+
+def screen(
+    data: bigs.Dataset, output: Path, together: int = 1, phases: Iterable = PHASES
+) -> Iterator[Run]:
     """Make all runs that are not finished, and yield each when it is."""
     found = finished(output)
-    for phase in (lambda found: runs_for_rates(), runs_of_changes):
-        for run in phase(found):
-            if run.key() in found:
-                continue
-            print(f"{run.name}, seed {run.seed}: {asdict(run.way)}", flush=True)
-            about = {"key": run.key(), "name": run.name, "way": asdict(run.way)}
-            about |= {"seed": run.seed, "tokens": run.tokens, "text": data.identity}
-            record = about | train(run, data) | {"measured": bigs.circumstances()}
-            found[run.key()] = record
+    for phase in phases:
+        missing = [run for run in PHASES[phase](found) if run.key() not in found]
+        for group in groups(missing, together):
+            print(phase, *[f"{run.name} {run.seed}" for run in group], flush=True)
+            measured = train(group, data)
+            for run, values in zip(group, measured, strict=True):
+                about = {"key": run.key(), "name": run.name, "way": asdict(run.way)}
+                about |= {"seed": run.seed, "tokens": run.tokens, "text": data.identity}
+                found[run.key()] = about | values | {"measured": bigs.circumstances()}
             with bigs.write_whole(output) as part:
                 part.write_text("".join(json.dumps(r) + "\n" for r in found.values()))
+            programs.cache_clear()
             jax.clear_caches()
-            yield run
+            yield from group
 
 
 def main() -> None:
+    from workshop import corpora
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of shards")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--together", type=int, default=1, help="runs side by side")
     options = parser.parse_args()
     bigs.keep_memory()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     train_files, heldout_files = text_files(options.text)
     data = corpora.prepare(train_files, bigs.load_tokenizer(), 128, heldout_files)
-    for _ in screen(data, options.output):
+    for _ in screen(data, options.output, options.together):
         pass
 
 

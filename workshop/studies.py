@@ -2,14 +2,15 @@
 
 import itertools
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import corpora
+from workshop import arms, corpora
+
+assert arms  # it adds the layers with free kernels
 
 
 def way_of(run: Path) -> dict[str, np.ndarray]:
@@ -39,34 +40,102 @@ def way_of(run: Path) -> dict[str, np.ndarray]:
             "sizes": np.sqrt(np.square(layers.W_o.kernel[...]).mean((1, 2))),
         }
         for name, value in now.items():
-            way.setdefault(name, []).append(value)
+            way.setdefault(name, []).append(np.asarray(value))
     return {name: np.asarray(values) for name, values in way.items()} | {"start": start}
+
+
+def shortened(model: bigs.BiGS, most: int) -> bigs.BiGS:
+    """A gated SSM model whose kernels end after a lag; -1 leaves nothing of them.
+
+    >>> model = bigs.BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4))
+    >>> bool(np.allclose(shortened(model, 127)([[5, 6]]), model([[5, 6]]), atol=1e-5))
+    True
+    """
+    kernels = bigs.kernels_of(model)
+    short = np.where(np.arange(kernels.shape[-1]) <= most, kernels, 0)
+    values = {
+        path: leaf
+        for path, leaf in bigs.named_parameters(model)
+        if not {"forward", "backward"} & set(path)
+    }
+    for side, name in enumerate(("forward", "backward")):
+        path = "encoder", "layers", name
+        values[*path, "kernel"] = short[:, side]
+        values[*path, "D"] = getattr(model.encoder.layers, name).D[...]
+    free = bigs.BiGS(replace(model.config, routing="free"), model.task)
+    return bigs.with_parameters(free, values)
+
+
+def texts_of(text: str) -> list[str]:
+    """The documents of a text."""
+    return [
+        document.text for part in corpora.parts_of(text) for document in part.read()
+    ]
+
+
+def pieces_a_character(tokenizer, text: str) -> float:
+    """How many pieces a tokenizer cuts a text into, for each of its characters: a loss
+    of one nat a piece is so many nats a character.
+    """
+    texts = texts_of(text)
+    pieces = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return sum(map(len, pieces)) / sum(map(len, texts))
+
+
+def dataset_of(text: str, tokenizer, length: int, count: int) -> bigs.Dataset:
+    """A text as held-out rows, at most `count` of them."""
+    rows = bigs.rows_for(tokenizer, bigs.pack(texts_of(text), tokenizer, length))
+    return bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text)
+
+
+LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
+
+
+def losses_shortened(
+    model: bigs.BiGS, tokenizer, text: str, count: int = 512
+) -> dict[str, float]:
+    """Held-out losses on a text, nats a masked word, where all kernels end after a lag
+    of LAGS.
+    """
+    data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
+    return {
+        str(most): bigs.evaluate(shortened(model, most), data, bigs.fast_loss)
+        for most in LAGS
+    }
+
+
+def print_shortened(losses: dict[str, dict[str, float]]) -> None:
+    """For every text its loss where all kernels end after a lag; after -1, all are
+    silent.
+
+    >>> print_shortened({"a.txt": {"-1": 6.5, "127": 4.5}})
+    kernels end after                   a
+    lag -1                          6.500
+    lag 127                         4.500
+    """
+    print(
+        f"{'kernels end after':17s}"
+        + "".join(f"{text.split('.')[0]:>20s}" for text in losses)
+    )
+    for most in next(iter(losses.values())):
+        values = [found[most] for found in losses.values()]
+        print(f"lag {most:13s}" + "".join(f"{value:20.3f}" for value in values))
 
 
 def losses_without(
     model: bigs.BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
-    """Held-out losses on a text, nats a masked word: with all kernels, without each,
-    each layer's, kinds, and all.
+    """Held-out losses on a text, nats a masked word: with all kernels, without any,
+    without each, and without both of each layer.
     """
-    documents = [
-        document.text for part in corpora.parts_of(text) for document in part.read()
-    ]
-    rows = bigs.rows_for(
-        tokenizer, bigs.pack(documents, tokenizer, model.config.max_position_embeddings)
-    )
-    data = bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text)
-    local = bigs.reaches(bigs.kernels_of(model)) <= 10
-    found = {
-        "nothing": np.zeros_like(local),
-        "all": np.ones_like(local),
-        "local": local,
-        "long": ~local,
-    }
+    data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
+    layers = model.config.num_hidden_layers
+    none = np.zeros((layers, 2), bool)
+    found = {"nothing": none, "all": ~none}
     for layer, (side, name) in itertools.product(
-        range(len(local)), (([0], "forward"), ([1], "backward"), ([0, 1], "both"))
+        range(layers), (([0], "forward"), ([1], "backward"), ([0, 1], "both"))
     ):
-        found[f"layer {layer}, {name}"] = np.zeros_like(local)
+        found[f"layer {layer}, {name}"] = none.copy()
         found[f"layer {layer}, {name}"][layer, side] = True
     return {
         name: bigs.evaluate(bigs.silenced(model, which), data, bigs.fast_loss)
@@ -74,24 +143,52 @@ def losses_without(
     }
 
 
-def compare_variants(
-    config: bigs.Config,
+def compare_arms(
+    configs: dict[str, bigs.Config],
     recipe: bigs.Recipe,
     data: bigs.Dataset,
-    variants: Iterable[str],
-    seeds: int,
+    seeds: range,
     output: Path,
 ) -> dict[str, list[float]]:
-    """Final held-out losses of variants, a run for each seed, each in a folder of its
-    own; finished ones are kept.
+    """Final held-out losses of architectures, a run for each seed, each in a folder of
+    its own; finished ones are kept. Those of one seed read the same batches.
     """
-    losses = {variant: [] for variant in variants}
-    for seed, variant in itertools.product(range(seeds), losses):
-        changes = dict(bigs.VARIANTS[variant])
-        own = replace(config, dtype=changes.pop("dtype", config.dtype))
-        folder = output / f"{variant.replace(' ', '-')}-{seed}"
-        plan = replace(recipe, seed=seed, **changes)
+    losses = {arm: [] for arm in configs}
+    for seed, arm in itertools.product(seeds, configs):
+        folder = output / f"{arm.replace(' ', '-')}-{seed}"
+        plan = replace(recipe, seed=seed)
         loss = bigs.fast_loss_of(plan)
-        run = bigs.pretrain(own, plan, data, folder, resume=True, loss=loss)
-        losses[variant].append(run.history[-1]["heldout"])
+        run = bigs.pretrain(configs[arm], plan, data, folder, resume=True, loss=loss)
+        losses[arm].append(run.history[-1]["heldout"])
     return losses
+
+
+def paired_interval(differences: np.ndarray) -> float:
+    """Half of Student's 95 % interval of a mean of paired differences.
+
+    >>> round(paired_interval(np.array([1.0, 2.0, 3.0])), 2)
+    2.48
+    """
+    from scipy import stats
+
+    n = len(differences)
+    return float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
+
+
+def print_arms(losses: dict[str, list[float]]) -> None:
+    """Mean loss of each arm, and its difference from the first one's, seed by seed,
+    with a 95 % interval.
+
+    >>> print_arms({"gated SSM": [3.0, 3.2], "stacked SSM": [3.1, 3.4]})
+    gated SSM                 3.100
+    stacked SSM               3.250  +0.150 +- 0.635
+    """
+    first = next(iter(losses.values()))
+    for arm, found in losses.items():
+        line = f"{arm:24s}{np.mean(found):7.3f}"
+        if found is not first:
+            differences = np.subtract(found, first)
+            line += f"  {differences.mean():+.3f}"
+            if len(found) > 1:
+                line += f" +- {paired_interval(differences):.3f}"
+        print(line)
