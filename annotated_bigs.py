@@ -4229,19 +4229,19 @@ def configured(config: Config, recipe: Recipe) -> Config:
 # %% [markdown]
 # The paper's three lengths of training are given in tokens: 11, 29 and 97 billion. Our recipes `short`, `medium` and
 # `full` derive their steps from them, with the batch of the documented run; that the authors took the same batch is
-# not known. By the paper's table they went on for 10,000 steps with texts of 512, 53,248 tokens a batch, half a
+# not known. By the paper's appendix A.1 they went on for 10,000 steps with texts of 512, 53,248 tokens a batch, half a
 # billion in all, and `longer` is that. (Yet their published model for 512 is said to have read 108 billion tokens,
 # eleven more than `full`; how it was trained is not known.) `twin` is their way on two CPU cores, hours long.
 #
 # `annotated` is ours, and made for small models: it needs a third of the tokens of `twin` for the same loss
-# ([measured](#what-lets-a-small-model-learn)). It asks 30 % of the words in place of 15 %. It leaves the table of
+# ([measured](#what-lets-a-small-model-learn)). It masks 30 % of the words in place of 15 %. It leaves the table of
 # positions at zero: a kernel knows what is near and what is far, and needs no table for it. It has no dropout, since
 # hardly a row is read twice. Decay spares the SSMs; on `log_step` it would pull a step size towards one, and on `A_re`
 # towards poles that never fade. And the matrices of the layers are moved by *Muon* (Jordan et al., 2024): where AdamW
 # scales each entry of a matrix by itself, Muon takes the average gradient of the whole matrix, makes its singular
-# values equal, and steps by that, so that no direction is left behind. `demonstration` and `quarter-hour` are short
-# runs of it, the one for two CPU cores, the other for an accelerator. `boxed` trained the model that comes with this
-# document, on a GPU.
+# values equal, and steps by that, so that small gradients count as much as large ones. `demonstration` and
+# `quarter-hour` are short runs of it, the one for two CPU cores, the other for an accelerator. `boxed` trained the
+# model that comes with this document, on a GPU.
 
 # %%
 annotated = Recipe(
@@ -4457,7 +4457,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 # %% [markdown]
-# Loss, schedule and optimizer are fixed. What remains is to run them, on whatever there is.
+# Next, a step on whatever devices there are.
 
 # %% [markdown]
 # **Exercises**
@@ -6131,9 +6131,10 @@ def classifier_on(
 
 
 # %% [markdown]
-# The rest is as in the paper: AdamW with $\beta_2$ of 0.999, a warm-up over the first tenth of the steps and then
-# linearly down to zero; rates, decays, batches and epochs from a small grid, its Table 6. Rate and decay are arguments
-# of the step, so that no value of theirs is compiled anew. Kernels can be frozen, which the authors tried, too.
+# The rest: AdamW, its $\beta_2$ of 0.999 and a rate that falls linearly to zero taken from the authors' code; a warm-up
+# over the first tenth of the steps, and rates, decays, batches and epochs from a small grid, both from the paper's
+# Table 6. Rate and decay are arguments of the step, so that no value of theirs is compiled anew. Kernels can be frozen,
+# which the authors tried, too.
 
 
 # %%
@@ -6606,10 +6607,10 @@ def show_glue():
 # read off 8,551 examples: without pretraining, the model learns next to nothing.
 #
 # **Pairs.** On MNLI pretraining is worth 6.5<!-- = worth("mnli")[0] --> points (5.6<!-- = worth("mnli")[1] --> to
-# 7.4<!-- = worth("mnli")[2] -->), and the result is half of the answers, where chance is a third. Judging a sentence is
-# learned before comparing two.
+# 7.4<!-- = worth("mnli")[2] -->), and the result is half of the answers, where chance is a third. How much of that is
+# read off the second sentence alone was not measured.
 #
-# And look at what the numbers cannot say. The small model is far from the authors', which has
+# What the numbers cannot say: the small model is far from the authors', which has
 # 63<!-- = parameters(large) / parameters(boxed) --> times its parameters, over two hundred times its text, and on MNLI
 # 40<!-- = GLUE["mnli"].rows["train"] / glue()["mnli"]["examples"]["train"] --> times its training pairs. Which of these
 # counts how much was not measured. Attention is not among them: neither model has any.
@@ -6791,8 +6792,8 @@ def kernels_figure():
 
 
 # %% [markdown]
-# Ten positions are not all. Call the *reach* of a kernel the lag within which nine tenths of its absolute values lie,
-# and a kernel *local* if it reaches no further than the figure shows.
+# The figure ends after ten positions. Call the *reach* of a kernel the lag within which nine tenths of its absolute
+# values lie.
 
 
 # %%
@@ -6871,8 +6872,8 @@ def draw_kernels():
 # 10 for layer in boxed_kernels()["pretrained"]] == [1, 1, -1, 2, 1, 1, -1, -1] --> Nothing told the layers to share the
 # work like this: at step 0 the rows were ripples, and only row 7 looked from the start much as it does in the end. Its
 # backward kernel has gone altogether, its largest value is 0.002<!-- = abs(boxed_kernels()["pretrained"][7, 1]).max()
-# -->: the last layer looks back only. Of a kernel that is nothing the reach means nothing; and a faint ripple over a
-# hundred positions has a long reach, too. What a kernel is worth is measured below.
+# -->: the last layer looks back only. The reach of such a kernel means nothing, and a faint ripple over a hundred
+# positions has a long reach, too. What a kernel is worth is measured below.
 #
 # The `tiny` model, trained for minutes on documentation strings, has not come so far. Where one of its rows correlates
 # with step 0, the row shows how it was drawn, not what it has learned.
@@ -6922,18 +6923,18 @@ def draw_movement():
 
 # %% [markdown]
 # The twin's step sizes all grew,<!-- if (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0]).all() --> one of
-# them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. It looks like learning,
-# and is decay, which draws `log_step` towards 0, a step of one. Over all steps, with the rates $\eta_t$ of the schedule
-# and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here 0.65<!-- =
-# np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the smallest step from 0.014<!--
-# = way("twin")["step_sizes"][0].min() --> to 0.063<!-- = way("twin")["step_sizes"][0].min() ** 0.645 -->; it arrived at
-# 0.057<!-- = way("twin")["step_sizes"][-1].min() -->. Without decay no step size moves by more than 18<!-- = 100 *
-# abs(np.log(way("annotated")["step_sizes"][-1] / way("annotated")["step_sizes"][0])).max() --> %.
+# them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. That looks like
+# learning, but it is decay, which draws `log_step` towards 0, a step of one. Over all steps, with the rates $\eta_t$ of
+# the schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here
+# 0.65<!-- = np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the smallest step from
+# 0.014<!-- = way("twin")["step_sizes"][0].min() --> to 0.063<!-- = way("twin")["step_sizes"][0].min() ** 0.645 -->; it
+# arrived at 0.057<!-- = way("twin")["step_sizes"][-1].min() -->. Without decay no step size moves by more than 18<!-- =
+# 100 * abs(np.log(way("annotated")["step_sizes"][-1] / way("annotated")["step_sizes"][0])).max() --> %.
 #
-# Poles move as far as they can. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400 *
+# Poles move less than they could. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400 *
 # (0.05 / 2 + 0.95 * 0.51) --> in that run. The real parts, all $-\tfrac12$ at the start, ended between -2.1<!-- =
 # way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->, so that
-# some states fade four times as fast as others and more; but of the imaginary parts, which lie up to 1,303<!-- =
+# some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
 # way("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
 # abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->. HiPPO's frequencies stay; what
 # is learned is how fast each fades, and how much of each is read.
@@ -7008,12 +7009,11 @@ def show_silenced():
 # %% [markdown]
 # Without any kernel the model still knows each word and its place, and pays four nats for knowing nothing else. No
 # single layer is worth nearly as much: the others make up for it. What is lost most is the preceding word in layer 7
-# and the next word in layer 5, seven and five tenths of a nat. The backward kernel of layer 7 is worth nothing, as it
-# should. In layers 3 and 5 the model loses no more without both kernels than without the better one. The two are
-# multiplied, so the one that is left speaks through a partner that has nothing to say.
+# and the next word in layer 5, seven and five tenths of a nat. The backward kernel of layer 7 is worth nothing, as
+# expected. In layers 3 and 5 the model loses no more without both kernels than without the better one. The two branches
+# are multiplied, so the kernel that is left is of little use without its partner.
 #
-# How far does the model look, then? Reach cannot tell, but cutting can: let all kernels of all layers end after a lag,
-# and measure the loss.
+# How far does the model look, then? Let all kernels of all layers end after a lag, and measure the loss.
 
 
 # %%
@@ -7142,22 +7142,22 @@ def draw_finetuned():
 
 
 # %% [markdown]
-# Nothing to see: no kernel moved by more than 2.6<!-- = 100 * movement(boxed_kernels()["pretrained"],
+# There is nothing to see: no kernel moved by more than 2.6<!-- = 100 * movement(boxed_kernels()["pretrained"],
 # boxed_kernels()["finetuned"])[1][0] --> % of its norm, the vanished one of layer 7 aside. The model read 9,882 of
 # MNLI's 392,702 training pairs, three times, and gets half of the development set right, where chance is a third. Of
 # the sixteen kernels the reach grew for three<!-- = (reaches(boxed_kernels()["finetuned"]) >
 # reaches(boxed_kernels()["pretrained"])).sum() --> and shrank for one<!-- = (reaches(boxed_kernels()["finetuned"]) <
 # reaches(boxed_kernels()["pretrained"])).sum() -->, by a position or two. The paper's layer 17 rises from 0.54 to 0.81
-# of its peak at a lag of 32. With a fortieth of its pairs and a sixtieth of its parameters we cannot say why ours stay;
-# that they stay is what was seen.
+# of its peak at a lag of 32. Ours had a fortieth of the pairs and a sixtieth of the parameters; which of these keeps
+# the kernels where they are was not measured.
 #
 # With the hub in reach, `python annotated_bigs.py figures --model JunxiongWang/BiGS_128 --finetuned
 # JunxiongWang/BiGS_128_MNLI` draws the paper's very figures, and `python annotated_bigs.py inspect` reads any model's
 # kernels.
 #
 # One drawing serves for all sentences because kernels do not depend on the input. The drawings are not the whole
-# explanation: what two kernels gather is multiplied, and layers stack. And the price is the same fact: a layer cannot
-# look elsewhere when the sentence is another.
+# explanation: what two kernels gather is multiplied, and layers stack. The price is the same fact: a layer cannot look
+# elsewhere in another sentence.
 
 # %% [markdown]
 # ## 15. The command line
