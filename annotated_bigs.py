@@ -16,7 +16,7 @@
 # This is the model that comes with this document, with 5.5<!-- = parameters(boxed) / 1e6 --> million parameters, at
 # three sentences:
 #
-# | | the likeliest words |
+# | sentence | the likeliest words |
 # |---|---|
 # | The river flows into the Atlantic [MASK]. | ocean 95<!-- = guessed("ocean", SAYINGS[3]) --> % |
 # | They have two [MASK], a boy and a girl. | children 37<!-- = guessed("children", SAYINGS[7]) --> %, sons 27<!-- = guessed("sons", SAYINGS[7]) --> %, daughters 18<!-- = guessed("daughters", SAYINGS[7]) --> % |
@@ -43,7 +43,7 @@
 # The sections build on each other; the code of a section uses no name of a later one. The sections in bold carry the
 # argument and take about an hour; the others are for reference. Minutes are for reading, without the exercises.
 #
-# | | minutes | what you have afterwards |
+# | section | minutes | what you have afterwards |
 # |---|---|---|
 # | [1 Tools](#1-tools) | | helpers, not for reading |
 # | [**2 A sentence by hand**](#2-a-sentence-by-hand) | 3 | what a layer does with five words, and the letters |

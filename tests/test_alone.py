@@ -93,10 +93,9 @@ def test_the_script_alone_runs_to_its_end(tmp_path):
     assert list(files(tmp_path)) == [SCRIPT.name]
     drawn = {path.stem for path in (tmp_path / "runs" / "figures").iterdir()}
     assert {"discretization", "layers", "loss"} <= drawn
-    assert {path.name for path in (tmp_path / "runs" / "data").iterdir()} == {
-        "tiny.json",
-        "extend.json",
-    }
+    # Lengths are measured on the trained model, which is not here.
+    results = [path.name for path in (tmp_path / "runs" / "data").iterdir()]
+    assert results == ["tiny.json"]
 
 
 # Where the module is there, jax takes its part for output, too.
