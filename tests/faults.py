@@ -322,8 +322,8 @@ FAULTS = [
     Fault(
         name="special tokens drawn like others",
         where="mask_tokens",
-        old="scores = luck[:, 0] + np.isin(tokens, rows.special_ids)",
-        new="scores = luck[:, 0]",
+        old="scores = random[:, 0] + np.isin(tokens, rows.special_ids)",
+        new="scores = random[:, 0]",
         tests=(
             "tests/test_corpus.py::"
             "test_random_words_are_any_words_and_special_ones_are_never_asked",

@@ -116,7 +116,7 @@ def test_padding_is_silent(config, routing):
 
 
 @pytest.mark.parametrize("config", [SMALL, STACK])
-def test_padding_is_heard_where_the_config_says_so(config):
+def test_padding_counts_where_the_config_says_so(config):
     model = loud(fresh(replace(config, mask_padding=False)))
     padded = np.pad(IDS, [(0, 0), (0, 9)], constant_values=3)
     mask = np.broadcast_to(np.arange(21) < 12, padded.shape)

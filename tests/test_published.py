@@ -124,7 +124,7 @@ CHOICES = [
     ("name", "patch", "changes", "effect"),
     CHOICES,
 )
-def test_each_choice_of_the_authors_is_heard(monkeypatch, name, patch, changes, effect):
+def test_each_choice_of_the_authors_counts(monkeypatch, name, patch, changes, effect):
     """What another choice would do, as room 16 tells it; without these choices the
     oracle could not tell.
     """
@@ -184,7 +184,7 @@ def test_padding_that_is_masked_changes_nothing(task):
     assert most < 1e-6
 
 
-def test_how_much_padding_is_heard():
+def test_what_convolved_padding_changes():
     """The number in room 16: with the golden weights, texts of 16 tokens padded to 64,
     heard or silent.
     """

@@ -142,9 +142,9 @@ def test_schedules_rise_and_end(schedule, last):
 
 def test_the_share_of_chosen_and_of_kept_words(data):
     rows = np.arange(64)
-    luck = np.stack([bigs.luck(0, 0, row, 128) for row in range(64)])
+    random = np.stack([bigs.random_numbers(0, 0, row, 128) for row in range(64)])
     shares = np.where(rows < 32, 0.3, 0.15)
-    batch = screening.masked_batch(data.train, rows, luck, shares, 0.0, 38)
+    batch = screening.masked_batch(data.train, rows, random, shares, 0.0, 38)
     asked = batch.labels > 0
     assert asked.sum(1).tolist() == [38] * 32 + [19] * 32
     shown = np.take_along_axis(batch.input_ids, batch.positions, 1)

@@ -213,7 +213,7 @@ def make_optimizer(
 def masked_batch(
     rows: bigs.Rows,
     numbers: np.ndarray,
-    luck: np.ndarray,
+    random: np.ndarray,
     shares: np.ndarray,
     kept: float,
     most: int,
@@ -223,23 +223,23 @@ def masked_batch(
 
     >>> rows = bigs.Rows(np.arange(5, 261).reshape(2, 128), 1000, 4, (0, 2, 3))
     >>> numbers = np.arange(2)
-    >>> luck = np.stack([bigs.luck(7, 0, row, 128) for row in range(2)])
-    >>> ours = masked_batch(rows, numbers, luck, np.array([0.15, 0.15]), 0.1, 19)
-    >>> theirs = bigs.mask_tokens(rows, numbers, luck)
+    >>> random = np.stack([bigs.random_numbers(7, 0, row, 128) for row in range(2)])
+    >>> ours = masked_batch(rows, numbers, random, np.array([0.15, 0.15]), 0.1, 19)
+    >>> theirs = bigs.mask_tokens(rows, numbers, random)
     >>> sorted(ours.labels[0]) == sorted(theirs.labels[0])
     True
     >>> np.array_equal(ours.input_ids, theirs.input_ids)
     True
     """
     tokens = np.asarray(rows.tokens[numbers], np.int32)
-    scores = luck[:, 0] + np.isin(tokens, rows.special_ids)
+    scores = random[:, 0] + np.isin(tokens, rows.special_ids)
     positions = np.argsort(scores, axis=1)[:, :most]
     count = np.maximum(1, np.round(shares * tokens.shape[1]))
     asked = np.arange(most) < count[:, None]
     original = np.take_along_axis(tokens, positions, 1)
     labels = np.where(np.isin(original, rows.special_ids) | ~asked, 0, original)
-    dice = np.take_along_axis(luck[:, 1], positions, 1)
-    noise = np.take_along_axis(luck[:, 2], positions, 1)
+    dice = np.take_along_axis(random[:, 1], positions, 1)
+    noise = np.take_along_axis(random[:, 2], positions, 1)
     random_words = (noise * rows.vocab_size).astype(np.int32)
     random_words = np.minimum(random_words, rows.vocab_size - 1)
     shown = np.where(dice < 1 - kept, random_words, labels)
@@ -250,9 +250,9 @@ def masked_batch(
 
 
 @functools.lru_cache(4096)
-def luck_of(seed: int, row: int) -> np.ndarray:
+def row_numbers(seed: int, row: int) -> np.ndarray:
     """What decides the masks of a row."""
-    return bigs.luck(seed, 0, row, 128)
+    return bigs.random_numbers(seed, 0, row, 128)
 
 
 def masked_rows(
@@ -270,8 +270,8 @@ def masked_rows(
     numbers = order[before : before + size * len(steps)]
     every = np.repeat(np.array(steps), size)
     shares = np.array(masking)[every * len(masking) // len(sizes)]
-    luck = np.stack([luck_of(seed, row) for row in numbers.tolist()])
-    batch = masked_batch(data.train, numbers, luck, shares, kept, most)
+    random = np.stack([row_numbers(seed, row) for row in numbers.tolist()])
+    batch = masked_batch(data.train, numbers, random, shares, kept, most)
     return jax.tree.map(
         lambda part: part.reshape(len(steps), size, *part.shape[1:]), batch
     )

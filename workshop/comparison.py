@@ -1,0 +1,170 @@
+"""Architectures of equal size, pretrained and fine-tuned alike, for the section of the
+story on what gates are worth.
+
+A record is a file of JSON lines, one for each finished run, so that a comparison can be
+made in pieces: what stands in the record is not run again. Each architecture gets the
+best of a few learning rates, found in short runs with a seed that is used for nothing
+else. Runs of one seed read the same rows, in the same order, under the same masks.
+"""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import annotated_bigs as bigs
+from workshop import glue
+
+RATE_SEED = 100  # of the runs that choose a learning rate
+
+
+class Plan(NamedTuple):
+    """What all runs of a comparison share."""
+
+    size: str
+    steps: int
+    batch: int
+    rate_steps: int  # of a run that chooses a learning rate
+    rates: tuple[float, ...]  # multiples of the recipe's
+    tasks: dict[str, dict[str, glue.Texts]]
+    most: int  # training examples of a task at most
+
+
+def read_record(file: Path) -> list[dict[str, Any]]:
+    """The finished runs of a record; none if there is no file yet.
+
+    >>> read_record(Path("no/such/record.jsonl"))
+    []
+    """
+    runs = []
+    lines = file.read_text().splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            run = json.loads(line)
+            runs.append({"arm": run["arm"], "seed": run["seed"]} | run)
+        except (KeyError, TypeError, ValueError) as error:
+            raise bigs.UserError(
+                f"{file}, line {number}: no run of a comparison ({error!r}); delete the"
+                " line, or choose another record"
+            ) from None
+    return runs
+
+
+def add_to_record(file: Path, run: dict[str, Any]) -> None:
+    """Add a line to a record, replacing the file as a whole."""
+    lines = [json.dumps(known) for known in [*read_record(file), run]]
+    with bigs.write_whole(file) as part:
+        part.write_text("".join(line + "\n" for line in lines))
+
+
+def recipe_of(plan: Plan, steps: int, rate: float, seed: int) -> bigs.Recipe:
+    """The recipe `annotated`, with a table of positions, without which attention cannot
+    tell places apart.
+    """
+    annotated = bigs.RECIPES["annotated"]
+    return replace(
+        annotated,
+        steps=steps,
+        batch=plan.batch,
+        learning_rate=rate * annotated.learning_rate,
+        matrix_rate=rate * annotated.matrix_rate,
+        positions=True,
+        seed=seed,
+        evaluate_every=max(1, steps // 10),
+        save_every=max(1, steps // 5),
+        keep=1,
+    )
+
+
+def task_score(
+    name: str, splits: dict[str, glue.Texts], most: int, model: bigs.BiGS, data, seed
+) -> dict[str, Any]:
+    """Fine-tune a model on the first training examples of a task: the score after the
+    last epoch, and the answers.
+    """
+    texts, labels = splits["train"]
+    splits = splits | {"train": glue.Texts(texts[:most], labels[:most])}
+    tuning = bigs.Tuning(learning_rate=3e-5 * 1024 / model.config.hidden_size)
+    run, _ = glue.tune(
+        name, splits, model, data.tokenizer, tuning, "pretrained", seed
+    )
+    dev = next(iter(run["last"]))
+    metric = bigs.GLUE[name].metrics[0]
+    return {
+        "metric": metric,
+        "examples": run["examples"],
+        "score": run["last"][dev][metric],
+        "answers": run["answers"]["last"],
+    }
+
+
+def one_run(
+    arm: str,
+    config: bigs.Config,
+    plan: Plan,
+    recipe: bigs.Recipe,
+    data: bigs.Dataset,
+    folder: Path,
+) -> dict[str, Any]:
+    """Pretrain in a folder and, if the run is one of full length, fine-tune: what a
+    record keeps of it.
+    """
+    loss = bigs.fast_loss_of(recipe)
+    run = bigs.pretrain(config, recipe, data, folder, resume=True, loss=loss)
+    each = recipe.batch * recipe.length
+    curve = [
+        (record["step"] * each, round(record["heldout"], 4))
+        for record in run.history
+        if "heldout" in record
+    ]
+    tasks = plan.tasks if recipe.seed != RATE_SEED else {}
+    return {
+        "heldout": curve[-1][1],
+        "curve": curve,
+        "parameters": bigs.parameters(config),
+        "tasks": {
+            name: task_score(name, splits, plan.most, run.model, data, recipe.seed)
+            for name, splits in tasks.items()
+        },
+        "measured": bigs.circumstances(),
+    }
+
+
+def compare(
+    configs: dict[str, bigs.Config],
+    plan: Plan,
+    data: bigs.Dataset,
+    seeds: range,
+    output: Path,
+    record: Path,
+) -> list[dict[str, Any]]:
+    """Make what runs the record still lacks; all runs of full length."""
+
+    def done(arm, steps, rate, seed):
+        key = {
+            "arm": arm,
+            "seed": seed,
+            "size": plan.size,
+            "tokens": steps * plan.batch * data.heldout[0].input_ids.shape[1],
+            "rate": rate,
+            "text": data.identity,
+        }
+        for run in read_record(record):
+            if key.items() <= run.items():
+                return run
+        folder = output / f"{arm.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
+        recipe = recipe_of(plan, steps, rate, seed)
+        found = key | one_run(arm, configs[arm], plan, recipe, data, folder)
+        add_to_record(record, found)
+        return found
+
+    best = dict.fromkeys(configs, plan.rates[0])
+    if len(plan.rates) > 1:
+        for arm in configs:
+            tried = [done(arm, plan.rate_steps, r, RATE_SEED) for r in plan.rates]
+            best[arm] = min(tried, key=lambda run: run["heldout"])["rate"]
+    return [
+        done(arm, plan.steps, best[arm], seed)
+        for seed, arm in itertools.product(seeds, configs)
+    ]
