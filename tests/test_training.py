@@ -12,13 +12,11 @@ import numpy as np
 import optax
 import pytest
 import small
-from scipy import stats
 
 import annotated_bigs as bigs
-from workshop import arms, benchmark, commands, studies
+from workshop import benchmark, commands
 
 PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
-ARMS = ("gated SSM", "sum for product", "stacked attention")
 pytestmark = pytest.mark.usefixtures("one_step")
 
 
@@ -388,36 +386,6 @@ def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
     for a, b in zip(*map(small.leaves, (start, run.model)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert bigs.from_pretrained(tmp_path).config.max_position_embeddings == 64
-
-
-@pytest.mark.slow
-def test_arms_are_compared_seed_by_seed_and_kept(tmp_path, monkeypatch):
-    recipe = replace(small.RECIPE, steps=4, evaluate_every=4)
-    # Large weights, so that the kernels make a difference.
-    config = replace(small.CONFIG, initializer_range=0.3, num_hidden_layers=1)
-    configs = {name: arms.of_one_size(config)[name] for name in ARMS}
-    data = small.dataset()
-
-    first = studies.compare_arms(configs, recipe, data, range(2), tmp_path)
-
-    losses = np.array(list(first.values()))
-    assert losses.shape == (3, 2)
-    assert np.unique(losses).size == 6
-
-    def no_step(recipe, loss):
-        return lambda *_: pytest.fail("a finished run takes no step")
-
-    monkeypatch.setattr(bigs, "make_step", no_step)
-    again = studies.compare_arms(configs, recipe, data, range(2), tmp_path)
-    assert again == first
-
-
-def test_intervals_are_students():
-    losses = np.random.default_rng(0).normal(size=5)
-    found = stats.ttest_1samp(losses, 0).confidence_interval(0.95)
-    assert studies.paired_interval(losses) == pytest.approx(
-        (found.high - found.low) / 2
-    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import benchmark, corpora, glue, grammar, studies
+from workshop import benchmark, comparison, corpora, glue, grammar, studies
 from workshop.arms import of_one_size
 from workshop.tpu import layers_on_tpu, steps_on_tpu
 
@@ -505,59 +505,50 @@ def command_compare(
     first_seed: int = 0,
     steps: int = 2441,
     batch: int = 32,
-    learning_rate: float = 4e-3,
-    matrix_rate: float = 0.01,
+    rates: tuple[float, ...] = (1.0,),
+    rate_steps: int = 977,
+    task: tuple[str, ...] = (),
+    data: Path | None = None,
+    most: int = 20_000,
     output: Path = bigs.RUNS / "compare",
-    json: Path | None = None,
+    record: Path = bigs.RUNS / "compare.jsonl",
 ) -> None:
     """Pretrain architectures of equal size with several seeds, by the recipe annotated
-    with a table of positions, and compare their held-out losses; resumes if killed.
+    with a table of positions, fine-tune them, and compare losses and scores; resumes if
+    killed.
 
     Args:
         size: tiny, twin, boxed, mini, base or large.
         arms: which to run; differences are to the first.
         seeds: runs of each arm.
-        first_seed: the seed of the first; rates are best chosen on a seed of their own.
+        first_seed: the seed of the first.
         steps: steps of a run.
         batch: rows of 128 tokens in a batch.
-        learning_rate: peak of AdamW's, for all but the layers' matrices.
-        matrix_rate: peak of Muon's, for these.
+        rates: learning rates to choose from, as multiples of the recipe's; the best of
+            each arm is found by short runs with a seed of their own.
+        rate_steps: steps of these short runs.
+        task: tasks of GLUE to fine-tune on.
+        data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
+        most: training examples of a task at most.
         output: folder for the runs.
-        json: also write the losses to this file.
+        record: file of JSON lines, one for each finished run; what stands there is not
+            run again.
     """
     for arm in arms:
         bigs.choose(ARMS, "arms", arm)
-    recipe = replace(
-        bigs.RECIPES["annotated"],
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        matrix_rate=matrix_rate,
-        positions=True,
-        evaluate_every=steps,
-        save_every=steps,
-        keep=1,
-    )
-    data = reading.dataset(recipe.length)
+    for name in task:
+        bigs.choose(bigs.GLUE, "task", name)
+    rows = reading.dataset(bigs.RECIPES["annotated"].length)
     config = replace(
-        bigs.choose(bigs.SIZES, "size", size), vocab_size=len(data.tokenizer)
+        bigs.choose(bigs.SIZES, "size", size), vocab_size=len(rows.tokenizer)
     )
     configs = of_one_size(config)
+    texts = {name: glue.task_texts(name, data) for name in task}
+    plan = comparison.Plan(size, steps, batch, rate_steps, rates, texts, most)
     chosen = {arm: configs[arm] for arm in arms}
     every = range(first_seed, first_seed + seeds)
-    losses = studies.compare_arms(chosen, recipe, data, every, output)
-    studies.print_arms(losses)
-    if json is not None:
-        sources = map(Path, reading.corpus)
-        bigs.keep_results(
-            json,
-            losses=losses,
-            seeds=list(every),
-            parameters={arm: bigs.parameters(chosen[arm]) for arm in arms},
-            recipe=asdict(recipe),
-            corpus=", ".join(p.name for p in sources) or "embedded English",
-            size=size,
-        )
+    runs = comparison.compare(chosen, plan, rows, every, output, record)
+    comparison.print_comparison(runs)
 
 
 def command_fill_mask(

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import annotated_bigs as bigs
 from workshop import glue
 
@@ -58,7 +60,9 @@ def add_to_record(file: Path, run: dict[str, Any]) -> None:
         part.write_text("".join(line + "\n" for line in lines))
 
 
-def recipe_of(plan: Plan, steps: int, rate: float, seed: int) -> bigs.Recipe:
+def recipe_of(
+    plan: Plan, steps: int, rate: float, seed: int, length: int
+) -> bigs.Recipe:
     """The recipe `annotated`, with a table of positions, without which attention cannot
     tell places apart.
     """
@@ -67,6 +71,7 @@ def recipe_of(plan: Plan, steps: int, rate: float, seed: int) -> bigs.Recipe:
         annotated,
         steps=steps,
         batch=plan.batch,
+        length=length,
         learning_rate=rate * annotated.learning_rate,
         matrix_rate=rate * annotated.matrix_rate,
         positions=True,
@@ -86,9 +91,7 @@ def task_score(
     texts, labels = splits["train"]
     splits = splits | {"train": glue.Texts(texts[:most], labels[:most])}
     tuning = bigs.Tuning(learning_rate=3e-5 * 1024 / model.config.hidden_size)
-    run, _ = glue.tune(
-        name, splits, model, data.tokenizer, tuning, "pretrained", seed
-    )
+    run, _ = glue.tune(name, splits, model, data.tokenizer, tuning, "pretrained", seed)
     dev = next(iter(run["last"]))
     metric = bigs.GLUE[name].metrics[0]
     return {
@@ -114,7 +117,7 @@ def one_run(
     run = bigs.pretrain(config, recipe, data, folder, resume=True, loss=loss)
     each = recipe.batch * recipe.length
     curve = [
-        (record["step"] * each, round(record["heldout"], 4))
+        [record["step"] * each, round(record["heldout"], 4)]
         for record in run.history
         if "heldout" in record
     ]
@@ -141,12 +144,14 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Make what runs the record still lacks; all runs of full length."""
 
+    length = data.heldout[0].input_ids.shape[1]
+
     def done(arm, steps, rate, seed):
         key = {
             "arm": arm,
             "seed": seed,
             "size": plan.size,
-            "tokens": steps * plan.batch * data.heldout[0].input_ids.shape[1],
+            "tokens": steps * plan.batch * length,
             "rate": rate,
             "text": data.identity,
         }
@@ -154,7 +159,7 @@ def compare(
             if key.items() <= run.items():
                 return run
         folder = output / f"{arm.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
-        recipe = recipe_of(plan, steps, rate, seed)
+        recipe = recipe_of(plan, steps, rate, seed, length)
         found = key | one_run(arm, configs[arm], plan, recipe, data, folder)
         add_to_record(record, found)
         return found
@@ -168,3 +173,62 @@ def compare(
         done(arm, plan.steps, best[arm], seed)
         for seed, arm in itertools.product(seeds, configs)
     ]
+
+
+def paired(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """The mean of paired differences, and half of Student's 95 % interval of it.
+
+    >>> mean, half = paired([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
+    >>> mean, round(half, 2)
+    (2.0, 2.48)
+    """
+    from scipy import stats
+
+    differences = np.subtract(ours, theirs)
+    n = len(differences)
+    quantile = stats.t.ppf(0.975, n - 1)
+    return float(differences.mean()), float(
+        quantile * differences.std(ddof=1) / np.sqrt(n)
+    )
+
+
+def values_of(runs: list[dict[str, Any]], what: str) -> dict[str, list[float]]:
+    """The held-out loss of runs, or the score of a task, by arm and in the order of
+    seeds.
+
+    >>> values_of([{"arm": "gated SSM", "seed": 0, "heldout": 4.0}], "heldout")
+    {'gated SSM': [4.0]}
+    """
+    values: dict[str, list[float]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        value = run[what] if what == "heldout" else run["tasks"][what]["score"]
+        values.setdefault(run["arm"], []).append(value)
+    return values
+
+
+def print_comparison(runs: list[dict[str, Any]]) -> None:
+    """For the loss and each task the mean of every arm, and its difference from the
+    first one's, seed by seed, with a 95 % interval.
+
+    >>> arms = ("gated SSM", 3.0), ("gated SSM", 3.2), ("no routing", 4.1)
+    >>> runs = [
+    ...     {"arm": arm, "seed": n % 2, "heldout": loss, "tasks": {}}
+    ...     for n, (arm, loss) in enumerate([*arms, ("no routing", 4.4)])
+    ... ]
+    >>> print_comparison(runs)
+    heldout
+      gated SSM                 3.100
+      no routing                4.250  +1.150 +- 0.635
+    """
+    for what in ("heldout", *runs[0]["tasks"]):
+        print(what)
+        values = values_of(runs, what)
+        first = next(iter(values.values()))
+        for arm, found in values.items():
+            line = f"  {arm:24s}{np.mean(found):7.3f}"
+            if found is not first and len(found) == len(first):
+                mean = np.mean(np.subtract(found, first))
+                line += f"  {mean:+.3f}"
+            if found is not first and len(found) == len(first) > 1:
+                line += f" +- {paired(found, first)[1]:.3f}"
+            print(line)

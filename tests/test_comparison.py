@@ -1,0 +1,116 @@
+"""Comparisons of architectures: what a record keeps, and what is not run again."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import small
+from scipy import stats
+
+import annotated_bigs as bigs
+from workshop import arms, comparison
+
+ARMS = ("gated SSM", "no routing")
+# Large weights, so that the kernels make a difference.
+CONFIG = replace(
+    small.CONFIG, initializer_range=0.3, num_hidden_layers=1, num_attention_heads=2
+)
+
+
+def plan(**changes):
+    usual = comparison.Plan("small", 4, 8, 2, (1.0,), {}, 64)
+    return usual._replace(**changes)
+
+
+def compare(plan, seeds, folder, data=None):
+    configs = {arm: arms.of_one_size(CONFIG)[arm] for arm in ARMS}
+    record = folder / "record.jsonl"
+    return comparison.compare(
+        configs, plan, data or small.dataset(), seeds, folder / "runs", record
+    )
+
+
+@pytest.mark.slow
+def test_what_stands_in_the_record_is_not_run_again(tmp_path, monkeypatch):
+    first = compare(plan(), range(1), tmp_path)
+
+    both = compare(plan(), range(2), tmp_path)
+
+    assert both[:2] == first
+    assert [(run["arm"], run["seed"]) for run in both] == [
+        (arm, seed) for seed in range(2) for arm in ARMS
+    ]
+    assert len({run["heldout"] for run in both}) == 4
+
+    def no_run(*_, **__):
+        pytest.fail("a finished run is not run again")
+
+    monkeypatch.setattr(bigs, "pretrain", no_run)
+    assert compare(plan(), range(2), tmp_path) == both
+
+
+@pytest.mark.slow
+def test_each_arm_gets_the_best_of_its_rates(tmp_path):
+    chosen = compare(plan(rates=(1e-6, 1.0)), range(1), tmp_path)
+
+    record = comparison.read_record(tmp_path / "record.jsonl")
+    tried = [run for run in record if run["seed"] == comparison.RATE_SEED]
+    assert len(tried) == 4
+    assert {run["tokens"] for run in tried} == {2 * 8 * 32}
+    for run in chosen:
+        own = [other for other in tried if other["arm"] == run["arm"]]
+        assert run["rate"] == min(own, key=lambda other: other["heldout"])["rate"]
+
+
+@pytest.mark.slow
+def test_runs_of_one_seed_read_the_same(tmp_path, monkeypatch):
+    read = []
+    ours = bigs.batch_at
+
+    def spy(*arguments, **named):
+        batch = ours(*arguments, **named)
+        read.append((arguments[2:4], batch.input_ids.tobytes()))
+        return batch
+
+    monkeypatch.setattr(bigs, "batch_at", spy)
+    compare(plan(), range(1), tmp_path)
+
+    assert len(read) > 2 * 4
+    for place in {place for place, _ in read}:
+        assert len({rows for at, rows in read if at == place}) == 1
+
+
+@pytest.mark.slow
+def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path):
+    rng = np.random.default_rng(0)
+    sentences = [(" ".join(rng.choice(list("abcd"), 6)),) for _ in range(96)]
+    texts = comparison.glue.Texts(sentences, rng.integers(0, 2, 96))
+    tasks = {"sst2": {"train": texts, "dev": texts}}
+
+    tokenizer = bigs.train_tokenizer(["a b c d"] * 9, 40)
+    data = small.dataset()._replace(tokenizer=tokenizer)
+
+    runs = compare(plan(tasks=tasks), range(1), tmp_path, data)
+
+    for run in runs:
+        found = run["tasks"]["sst2"]
+        assert found["examples"] == {"train": 64, "dev": 96}
+        answers = np.array(found["answers"])
+        assert found["score"] == pytest.approx(np.mean(answers == texts.labels))
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", json.dumps({"arm": "gated SSM"})])
+def test_a_bad_line_of_a_record_is_named(tmp_path, bad):
+    file = tmp_path / "record.jsonl"
+    file.write_text(json.dumps({"arm": "a", "seed": 0}) + "\n" + bad + "\n")
+    with pytest.raises(bigs.UserError, match=r"record.jsonl, line 2: .*delete the"):
+        comparison.read_record(file)
+
+
+def test_intervals_are_students():
+    ours, theirs = np.random.default_rng(0).normal(size=(2, 5)).tolist()
+    found = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    mean, half = comparison.paired(ours, theirs)
+    assert mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    assert half == pytest.approx((found.high - found.low) / 2)
