@@ -5026,276 +5026,9 @@ def fast_loss_of(recipe: Recipe) -> Callable:
 # %% [markdown]
 # ## 12. Pretraining
 #
-# What does a run look like from start to end? A loop over batches, with four duties beside it: it shows where it is, it
-# writes a line of JSON for every ten steps, it measures the held-out loss, and it saves its state so that a killed run
-# can go on as if nothing had happened. That last is a consequence of what we have: state and batch are functions of
-# (seed, step), so a saved state is the whole run, the place in the text included. Orbax writes it while training goes
-# on, and a half-written checkpoint is never mistaken for a whole one. A state is three float32 numbers for each
-# parameter, 4.2<!-- = 12 * parameters(large) / 1e9 --> GB for `large`; the last two are kept, and a third needs room
-# while it is written.
-
-
-# %% tags=["appendix"]
-def checkpoints(directory: Path, keep: int = 2, read_only: bool = False):
-    """Orbax's manager for the states of a run; it keeps the last ones.
-
-    >>> import tempfile
-    >>> checkpoints(Path(tempfile.mkdtemp())).latest_step() is None
-    True
-    """
-    import logging
-
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
-    return ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
-
-
-@contextlib.contextmanager
-def writing(manager, step: int) -> Iterator[None]:
-    """While this holds, what goes wrong is a UserError: the state of this step could
-    not be written, and why.
-    """
-    try:
-        yield
-    except Exception as error:
-        last = manager.latest_step()
-        again = (
-            "begin again" if last is None else f"go on from step {last} with --resume"
-        )
-        raise UserError(
-            f"{manager.directory}: the state of step {step} could not be written "
-            f"({' '.join(str(error).split())}); make room, then {again}"
-        ) from error
-
-
-def save(manager, state: State, before: int) -> int:
-    """Write a checkpoint under its step once the one before is whole; orbax finishes it
-    in the background.
-
-    Raises FloatingPointError for parameters that are not finite: the next loss would
-    not be, either.
-    """
-    import orbax.checkpoint as ocp
-
-    step = int(state.step)
-    finite_mean(
-        [jax.jit(optax.global_norm)(state.model)],
-        step + 1,
-        Path(manager.directory).parent,
-    )
-    with writing(manager, before):
-        manager.wait_until_finished()
-    with writing(manager, step):
-        manager.save(step, args=ocp.args.StandardSave(state))
-    return step
-
-
-# %% [markdown]
-# Reading is simpler.
-
-
-# %% tags=["appendix"]
-def restore(manager, state: State, step: int | None = None) -> State:
-    """A saved state, the last if no step is given, in the places of the given one; that
-    itself if none was saved.
-
-    Raises UserError if the saved one is damaged, and says how to go on from the one
-    before.
-    """
-    import orbax.checkpoint as ocp
-
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        return state
-    try:
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return manager.restore(step, args=ocp.args.StandardRestore(shapes))
-    except Exception as error:
-        raise UserError(
-            f"{manager.directory / str(step)}: this checkpoint cannot be read"
-            f" ({type(error).__name__}); delete that folder to go on from the one"
-            " before"
-        ) from error
-
-
-# %% [markdown]
-# The models of a run can be read one by one, by anyone who wants to look at them.
-
-
-# %% tags=["appendix"]
-def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, BiGS]]:
-    """(step, model) at the last checkpoint of a run; of every one that was kept, with
-    the start, if asked.
-
-    >>> next(states_of(Path("no/such/run")))
-    Traceback (most recent call last):
-    annotated_bigs.UserError: run: no/such/run holds no run, run.json is missing
-    """
-    if not (run / "run.json").exists():
-        raise UserError(f"run: {run} holds no run, run.json is missing")
-    settings = json.loads((run / "run.json").read_text())
-    state = fresh_state(Config(**settings["config"]), Recipe(**settings["recipe"]))
-    if every:
-        yield 0, state.model
-    with checkpoints(run, read_only=True) as manager:
-        if manager.latest_step() is None:
-            each = settings["recipe"]["save_every"]
-            raise UserError(
-                f"run: {run} has no checkpoint yet; they come every {each} steps"
-            )
-        for step in sorted(manager.all_steps()) if every else [manager.latest_step()]:
-            yield step, restore(manager, state, step).model
-
-
-# %% [markdown]
-# A folder belongs to one run. While it is written, a lock keeps other processes away, and the system opens the lock
-# when its holder dies. The settings stand in `run.json`, and a run is only resumed with the same ones: with another
-# seed, batch or text it would be a mixture of two runs. A folder that holds anything else, a model or a run without its
-# `run.json`, is not touched.
-
-# %% tags=["appendix"]
-FREE = (
-    "remat",
-    "shard",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-    "keep",
-)  # change nothing but rounding
-
-
-def contents(directory: Path) -> list[str]:
-    """What a folder holds, but for the lock and what was left unfinished.
-
-    >>> contents(Path("no/such/run"))
-    []
-    """
-    if not directory.is_dir():
-        return []
-    names = sorted(path.name for path in directory.iterdir())
-    return [name for name in names if name != "lock" and not name.startswith(PART)]
-
-
-def check_owner(directory: Path, resume: bool) -> None:
-    """UserError if a folder holds a run that is not to be resumed, or anything else.
-
-    >>> check_owner(DATA, True)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    annotated_bigs.UserError: output: ...data holds README.md, but no run.json ...
-    """
-    names = contents(directory)
-    if "run.json" in names and not resume:
-        raise UserError(
-            f"{directory} holds a run; resume it with --resume, or choose another"
-            " --output"
-        )
-    if names and "run.json" not in names:
-        raise UserError(
-            f"output: {directory} holds {names[0]}, but no run.json that tells whose it"
-            " is; choose another --output, or put back the run.json of the run"
-        )
-
-
-def read_settings(directory: Path) -> dict[str, dict[str, Any]]:
-    """What was asked for when the run in a folder began.
-
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "run.json").write_text("[]")
-    >>> read_settings(folder)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    annotated_bigs.UserError: .../run.json: not the settings of a run ...
-    """
-    file = directory / "run.json"
-    try:
-        parts = json.loads(file.read_text())
-        return {part: dict(values) for part, values in parts.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: not the settings of a run ({error}); put back the file that was"
-            " there, or choose another --output"
-        ) from None
-
-
-def check_settings(directory: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """UserError if the run in a folder began with other settings, or does not tell.
-
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "run.json").write_text("{}")
-    >>> check_settings(folder, {"recipe": {"seed": 0}})  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    annotated_bigs.UserError: .../run.json: recipe lacks seed; add what ...
-    """
-    began = read_settings(directory)
-    for part, values in settings.items():
-        for field, value in values.items():
-            if field in FREE:
-                continue
-            if field not in began.get(part, {}):
-                raise UserError(
-                    f"{directory / 'run.json'}: {part} lacks {field}; add what the run"
-                    " began with, or choose another --output"
-                )
-            was = began[part][field]
-            if was != value:
-                raise UserError(
-                    f"{field}: {value}, but the run in {directory} began with {was};"
-                    " resume it with that, or choose another --output"
-                )
-
-
-# %% [markdown]
-# So whoever works in a folder claims it first.
-
-
-# %% tags=["appendix"]
-@contextlib.contextmanager
-def claimed(directory: Path, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Hold the folder of a run with these settings; UserError if it is held, or not
-    that run's.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> with claimed(folder, {"recipe": {"seed": 0, "keep": 2}}, False):
-    ...     (folder / "run.json").exists()
-    True
-    >>> with claimed(folder, {"recipe": {"seed": 1, "keep": 9}}, True):
-    ...     pass  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    annotated_bigs.UserError: seed: 1, but the run in ... began with 0; ...
-    """
-    import shutil
-
-    from filelock import FileLock, Timeout
-
-    try:
-        check_owner(directory, resume)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / "lock").acquire(blocking=False)
-    except Timeout:
-        raise UserError(
-            f"output: another process is writing to {directory}; wait for it, or choose"
-            " another"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"output: {directory} cannot be written ({error.strerror}); choose another"
-        ) from None
-    with lock:
-        if (directory / "run.json").exists():
-            check_settings(directory, settings)
-        for left in directory.glob(f"{PART}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        finish_writing(directory)
-        with write_whole(directory / "run.json") as part:
-            part.write_text(json.dumps(settings, indent=1))
-        yield
-
-
-# %% [markdown]
-# The held-out loss is the mean over fixed batches, without dropout. Its exponential is a perplexity, though
-# only of masked words.
+# What does a run look like from start to end? It is a loop over batches that now and then measures the loss on held-out
+# text: the mean over fixed batches, without dropout. (The exponential of that loss is a perplexity, though only of
+# masked words.)
 
 # %%
 compiled = functools.cache(jax.jit)  # one program for each function
@@ -5350,252 +5083,38 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 
 
 # %% [markdown]
-# How fast is fast? Counted in products: three times those of the forward pass, [as before](#sizes), and the head's,
-# divided by what the device does when it is given one large product and nothing else. (This is *model FLOPs
-# utilization*; what is recomputed does not count.)
-
-
-# %% tags=["appendix"]
-def step_operations(config: Config, recipe: Recipe) -> float:
-    """Floating-point operations of a training step: products forward, and twice as many
-    backward. Where the last layer mixes channels at the masked positions alone, the
-    others are not counted.
-
-    >>> recipe = RECIPES["demonstration"]
-    >>> forward = recipe.batch * operations(tiny, 128)
-    >>> 3 * forward < step_operations(tiny, recipe) < 6 * forward
-    True
-    """
-    d = config.hidden_size
-    wide = config.intermediate_size
-    masked = masked_of(recipe.length, recipe.masked)
-    head = 2 * masked * d * (d + config.vocab_size)
-    forward = operations(config, recipe.length, config.convolution) + head
-    if unrolled(config.num_hidden_layers):
-        left_out = recipe.length - masked
-        if config.block == "stack":
-            channels = d * d + 2 * d * wide
-        elif config.routing == "attention":
-            channels = d * d + 3 * d * wide
-        else:
-            channels = 2 * d * d + 3 * d * wide
-        forward -= 2 * left_out * channels
-    return 3 * recipe.batch * forward
-
-
-@functools.cache
-def product_rate(dtype: str) -> float:
-    """Operations a second of all devices together in products of large square matrices,
-    the best of eight.
-
-    >>> product_rate("float32") > 1e8
-    True
-    """
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    product = jax.jit(jnp.matmul)
-    a = jnp.ones((n, n), dtype)
-    product(a, a).block_until_ready()
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times) * len(jax.devices())
-
-
-# %% [markdown]
-# Records go to a list and, line by line, to a file; a resumed run forgets those after its checkpoint.
-
-
-# %% tags=["appendix"]
-class Journal:
-    """The records of a run, in memory and in log.jsonl; it starts with those up to a
-    step.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> journal = Journal(folder, 0)
-    >>> journal.record(10, loss=2.5)
-    >>> journal.record(20, loss=2.0)
-    >>> Journal(folder, 10).history
-    [{'step': 10, 'loss': 2.5}]
-    """
-
-    def __init__(self, directory: Path, until: int):
-        self.file = directory / "log.jsonl"
-        self.writes = jax.process_index() == 0
-        self.history = [
-            record for record in read_log(directory) if record["step"] <= until
-        ]
-        if self.writes:
-            lines = [json.dumps(record) + "\n" for record in self.history]
-            with write_whole(self.file) as part:
-                part.write_text("".join(lines))
-
-    def record(self, step: int, **values: float | int) -> None:
-        self.history.append({"step": step, **values})
-        if self.writes:
-            with self.file.open("a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
-
-
-def read_log(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run, whole lines only; none if it has not begun.
-
-    >>> read_log(Path("no/such/run"))
-    []
-    """
-    file = directory / "log.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            try:
-                record = dict(json.loads(line))
-                record["step"] = int(record["step"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file}, line {number}: no record of a run ({error!r}); delete"
-                    " the line"
-                ) from None
-            records.append(record)
-    return records
-
-
-# %% [markdown]
-# A run that was killed before its first checkpoint was finished begins anew. That is right only if there was none. The
-# folder `checkpoints` is older than the log, and a checkpoint is finished before the next but one is begun. So a log
-# without that folder, or one that has got beyond the second checkpoint while there is none, tells of states that were
-# lost, and beginning anew would lose the log as well.
-
-
-# %% tags=["appendix"]
-def check_checkpoints(directory: Path) -> None:
-    """UserError if a run must have had a checkpoint and has none.
-
-    >>> check_checkpoints(Path("no/such/run"))
-    """
-    folder = directory / "checkpoints"
-    finished = [path for path in folder.glob("*") if path.name.isdigit()]
-    if finished or "run.json" not in contents(directory):
-        return
-    most = 0
-    if folder.is_dir():
-        recipe = read_settings(directory).get("recipe", {})
-        most = 2 * recipe.get("save_every", 0)
-    reached = max((record["step"] for record in read_log(directory)), default=0)
-    if reached > most:
-        found = f"log.jsonl has reached step {reached}"
-    elif (directory / "config.json").exists():
-        found = "the finished model is there"
-    else:
-        return
-    raise UserError(
-        f"{folder}: no checkpoint is left, but {found}; put the checkpoints back, or"
-        " choose another --output to begin anew"
-    )
-
-
-# %% [markdown]
-# A loss that is not finite ends the run, and the last checkpoint stays.
-
-
-# %% tags=["appendix"]
-def finite_mean(losses: list[Array], step: int, directory: Path) -> float:
-    """The mean of the losses up to a step, if all are finite; else FloatingPointError
-    names the first that is not.
-
-    >>> finite_mean(
-    ...     [jnp.array(1.0), jnp.array(jnp.nan)], 20, Path("runs/mine")
-    ... )  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    FloatingPointError: the loss is not finite at step 20; runs/mine keeps ...
-    """
-    values = np.array(jax.device_get(losses))
-    if not np.isfinite(values).all():
-        bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
-        raise FloatingPointError(
-            f"the loss is not finite at step {bad}; {directory} keeps the last good"
-            " state; export it, and pretrain --model from there with a smaller"
-            " --learning-rate"
-        )
-    return float(values.mean())
-
-
-# %% [markdown]
-# Now the loop, with its four duties. `stop` is called after every step and says whether to leave early; a command
-# leaves when the system wants the machine back.
+# Now the steps, one after another. Every batch is a function of the seed and the step, and so is dropout. A state is
+# therefore the whole run, its place in the text included: whoever goes on from a saved state gets, to the bit, the run
+# that was never interrupted. The docstring shows it.
 
 
 # %%
-def train(
-    config: Config,
-    recipe: Recipe,
-    data: Dataset,
-    directory: Path,
-    start: BiGS | None,
-    stop: Callable[[], bool],
-    loss: Callable,
-) -> tuple[State, Journal]:
-    """The loop of `pretrain`: from the last checkpoint, or from the start, to the last
-    step or to `stop`.
-    """
-    from tqdm import tqdm
+def training(
+    state: State, recipe: Recipe, rows: Rows, loss: Callable = batch_loss
+) -> Iterator[tuple[int, State, Float[Array, ""]]]:
+    """(step, state, loss) after each step from a state on, to the recipe's last. The
+    next step uses a yielded state up.
 
+    >>> rows = Rows(np.arange(5, 133).reshape(8, 16), 200, 4, (0, 2, 3))
+    >>> recipe = Recipe(steps=4, batch=2, length=16, learning_rate=0.01)
+    >>> def begin():
+    ...     return fresh_state(Config(200, 8, 1, 24, num_ssm=4), recipe)
+    >>> for step, state, _ in training(begin(), recipe, rows):
+    ...     if step == 2:  # interrupted
+    ...         break
+    >>> *_, (_, resumed, _) = training(state, recipe, rows)
+    >>> *_, (_, whole, _) = training(begin(), recipe, rows)
+    >>> all(jax.tree.leaves(jax.tree.map(np.array_equal, resumed, whole)))
+    True
+    """
     step = make_step(recipe, loss)
-    possible = product_rate(config.dtype) / step_operations(config, recipe)
-    with checkpoints(directory, recipe.keep) as manager:
-        state = restore(manager, fresh_state(config, recipe, start))
-        first = int(state.step)
-        saved = first
-        journal = Journal(directory, first or -1)  # without a checkpoint: anew
-        if first == 0:
-            journal.record(0, heldout=evaluate(state.model, data, loss))
-        losses = []
-        clock = time.perf_counter()
-        bar = tqdm(
-            batches(data.train, recipe, first),
-            total=recipe.steps,
-            initial=first,
-            unit="step",
-            mininterval=1,
-            disable=not journal.writes,
-        )
-        for number, batch in bar:
-            state, value = step(state, batch)
-            losses.append(value)
-            leave = stop() or manager.reached_preemption(number)
-            last = number == recipe.steps
-            saves = leave or last or number % recipe.save_every == 0
-            if saves or number % recipe.log_every == 0:
-                mean = finite_mean(losses, number, directory)
-                pace = len(losses) / (time.perf_counter() - clock)  # steps a second
-                speed = pace * recipe.batch * recipe.length
-                share = pace / possible
-                journal.record(
-                    number,
-                    loss=mean,
-                    tokens_per_second=round(speed),
-                    share=round(share, 3),
-                )
-                bar.set_postfix_str(
-                    f"loss {mean:.3f}, {speed:,.0f} tokens/s, {share:.0%} of products"
-                )
-                losses = []
-                clock = time.perf_counter()
-            if last or number % recipe.evaluate_every == 0:
-                journal.record(number, heldout=evaluate(state.model, data, loss))
-            if saves:
-                saved = save(manager, state, saved)
-            if leave:
-                break
-        with writing(manager, saved):
-            manager.wait_until_finished()
-    return state, journal
+    for number, batch in batches(rows, recipe, int(state.step)):
+        state, value = step(state, batch)
+        yield number, state, value
 
 
 # %% [markdown]
-# Around it, `pretrain` holds the folder, and writes the model at the end.
+# Around them, what anyone wants to see of a run: the losses on the way.
 
 
 # %%
@@ -5606,67 +5125,45 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]
 
 
-def export(
-    model: BiGS, directory: Path, tokenizer: Any = None, compact: bool = False
-) -> None:
-    """Write a model, wherever its parameters lie, in the published format, with its
-    tokenizer.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> export(BiGS(Config(50, 8, 1, 24, num_ssm=4)), folder)
-    >>> sorted(path.name for path in folder.iterdir())
-    ['config.json', 'flax_model.msgpack']
-    """
-    whole = jax.jit(lambda model: model, out_shardings=place())(model)
-    if jax.process_index() == 0:
-        save_pretrained(whole, directory, compact, tokenizer)
-
-
 def pretrain(
-    config: Config,
-    recipe: Recipe,
-    data: Dataset,
-    directory: Path,
-    resume: bool = False,
-    start: BiGS | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    loss: Callable = batch_loss,
+    config: Config, recipe: Recipe, data: Dataset, loss: Callable = batch_loss
 ) -> Run:
-    """Pretrain into a folder: run.json, checkpoints, log.jsonl, and the finished model
-    in the published format.
+    """Pretrain a model. The history holds the mean loss of every `log_every` steps, and
+    held-out losses.
 
-    Raises UserError if the folder is another's, holds anything but a run, holds a run
-    that is not to be resumed or one that has lost its checkpoints, and
-    FloatingPointError, naming the step, if the loss is not finite. Tested at tiny size
-    in `tests/test_training.py`.
+    >>> rows = Rows(np.arange(5, 133).reshape(8, 16), 200, 4, (0, 2, 3))
+    >>> data = Dataset(None, rows, fixed_batches(rows), "numbers")
+    >>> recipe = Recipe(steps=2, batch=2, length=16, log_every=1)
+    >>> run = pretrain(Config(200, 8, 1, 24, num_ssm=4), recipe, data)
+    >>> [(record["step"], *list(record)[1:]) for record in run.history]
+    [(0, 'heldout'), (1, 'loss'), (2, 'loss'), (2, 'heldout')]
     """
-    config = configured(config, recipe)
-    if recipe.batch % len(jax.devices()):
-        raise UserError(
-            f"batch: {recipe.batch} sequences cannot be shared by {len(jax.devices())}"
-            " devices evenly"
-        )
-    settings = {
-        "config": asdict(config),
-        "recipe": asdict(recipe),
-        "data": {"text": data.identity},
-    }
-    if jax.process_index() == 0:
-        check_checkpoints(directory)
-    with (
-        claimed(directory, settings, resume)
-        if jax.process_index() == 0
-        else contextlib.nullcontext()
-    ):
-        if jax.process_index() == 0 and not (directory / "tokenizer.json").exists():
-            with write_folder_whole(directory) as part:
-                data.tokenizer.save_pretrained(part)
-        state, journal = train(config, recipe, data, directory, start, stop, loss)
-        if int(state.step) == recipe.steps:
-            export(state.model, directory, data.tokenizer)
-    return Run(state.model, journal.history)
+    from tqdm import tqdm
 
+    state = fresh_state(config, recipe)
+    history = [{"step": 0, "heldout": evaluate(state.model, data, loss)}]
+    losses = []
+    steps = training(state, recipe, data.train, loss)
+    bar = tqdm(steps, total=recipe.steps, unit="step", mininterval=1)
+    for number, state, value in bar:
+        losses.append(value)
+        last = number == recipe.steps
+        if last or number % recipe.log_every == 0:
+            mean = float(np.mean(jax.device_get(losses)))
+            history.append({"step": number, "loss": mean})
+            bar.set_postfix_str(f"loss {mean:.3f}")
+            losses = []
+        if last or number % recipe.evaluate_every == 0:
+            heldout = evaluate(state.model, data, loss)
+            history.append({"step": number, "heldout": heldout})
+    return Run(state.model, history)
+
+
+# %% [markdown]
+# A run of days needs more: a folder that belongs to it alone, a log, and states that are saved while it goes on, so that
+# it can be killed at any moment. `workshop/running.py` puts that around the same `training`, for the command
+# [`pretrain`](#15-the-command-line). A saved state is three float32 numbers for each parameter, 4.2<!-- = 12 *
+# parameters(large) / 1e9 --> GB for `large`; Orbax writes it, and the last two are kept.
 
 # %% [markdown]
 # ### Live
@@ -5687,12 +5184,11 @@ PROBES = (
 
 @functools.cache
 def tiny_run() -> Run:
-    """The demonstration: `tiny` on the embedded English, into runs/tiny."""
-    import shutil
-
-    shutil.rmtree(RUNS / "tiny", ignore_errors=True)
-    recipe = RECIPES["demonstration"]
-    return pretrain(tiny, recipe, tiny_dataset(), RUNS / "tiny", loss=fast_loss)
+    """The demonstration: `tiny` on the embedded English, saved in runs/tiny."""
+    data = tiny_dataset()
+    run = pretrain(tiny, RECIPES["demonstration"], data, fast_loss)
+    save_pretrained(run.model, RUNS / "tiny", tokenizer=data.tokenizer)
+    return run
 
 
 def fresh_tiny() -> BiGS:
@@ -7849,7 +7345,7 @@ def show_recipes():
 # ## Appendix B. How close to the hardware?
 #
 # What do the ways of [section 5](#5-convolution-four-ways) cost, on this machine and on a TPU, how many digits do they
-# keep, and how much of a training step is lost around its matrix products?
+# keep?
 #
 # Digits first. A kernel that hardly fades shows what float32 does to phases. Three ways to compute it are compared
 # with float64: without unwinding, as `ssm_kernel` does it, and as the answer of `convolve_blocks` to an impulse. All
@@ -7957,114 +7453,6 @@ def draw_speed():
 
 
 # %% [markdown]
-# Last, a training step beside its own products, to be run alone in the same shapes: once for the forward pass, and
-# twice as much again for the backward pass.
-
-
-# %% tags=["appendix"]
-def median_seconds(function: Callable, *arguments, repeats: int = 7) -> float:
-    """Median wall time of a compiled call, in seconds, after one call that compiles.
-
-    >>> median_seconds(jax.jit(lambda x: x + 1), 1.0) > 0
-    True
-    """
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def product_shapes(config: Config, recipe: Recipe) -> list[tuple[int, int, int, int]]:
-    """The forward pass's matrix products of a gated model: (how many, rows, inner,
-    columns).
-
-    >>> recipe = RECIPES["demonstration"]
-    >>> forward = sum(n * 2 * a * b * c for n, a, b, c in product_shapes(tiny, recipe))
-    >>> 3 * forward / step_operations(tiny, recipe)
-    1.0
-    """
-    batch = recipe.batch
-    L = recipe.length
-    d = config.hidden_size
-    wide = config.intermediate_size
-    tokens = batch * L
-    places = batch * masked_of(L, recipe.masked)
-    layers = config.num_hidden_layers
-    last = int(unrolled(config.num_hidden_layers))
-    shapes = [(2 * layers, L, L, batch * d), (2 * last, tokens, d, d)]
-    shapes += [(1, places, d, d), (1, places, d, config.vocab_size)]
-    for n, rows, dense in (
-        (layers - last, tokens, 4),
-        (last, places, 2),
-    ):  # the last mixes channels where it is asked
-        shapes += [(2 * n, rows, d, wide), (n, rows, wide, d), (dense * n, rows, d, d)]
-    return shapes
-
-
-# %% [markdown]
-# Step and products alternate, so that both meet the same moods of the machine.
-
-
-# %% tags=["appendix"]
-def step_share(config: Config, recipe: Recipe, repeats: int = 5) -> dict[str, float]:
-    """Seconds of a training step and of its products alone, alternating, as medians of
-    `repeats`.
-    """
-    L = recipe.length
-    rng = np.random.default_rng(0)
-    rows = Rows(
-        rng.integers(5, config.vocab_size, (recipe.batch, L)),
-        config.vocab_size,
-        4,
-        (0, 2, 3),
-    )
-    batch = batch_at(rows, recipe.batch, 0, 0, share=recipe.masked)
-    state = fresh_state(config, recipe)
-    step = make_step(recipe, fast_loss_of(recipe))
-    product = jax.jit(jnp.matmul)
-    shapes = product_shapes(config, recipe)
-    factors = [(jnp.ones((a, b)), jnp.ones((b, c))) for _, a, b, c in shapes]
-    pairs = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        state, loss = step(state, batch)
-        jax.block_until_ready(loss)
-        seconds = time.perf_counter() - start
-        alone = sum(
-            3 * n * median_seconds(product, *f, repeats=3)
-            for (n, *_), f in zip(shapes, factors, strict=True)
-        )
-        pairs.append((seconds, alone))
-    seconds, alone = np.array(pairs[1:]).T
-    work = 3 * sum(n * 2 * a * b * c for n, a, b, c in shapes)
-    return {
-        "step_seconds": float(np.median(seconds)),
-        "products_seconds": float(np.median(alone)),
-        "ratio": float(np.median(seconds / alone)),
-        "tokens_per_second": float(recipe.batch * L / np.median(seconds)),
-        "products_gigaflops": float(work / np.median(alone) / 1e9),
-    }
-
-
-@example
-def measure_step():
-    share = step_share(tiny, RECIPES["demonstration"])
-    keep_results(RESULTS, step=share)
-    print(
-        f"a step of {tiny.num_hidden_layers} layers takes {share['ratio']:.2f} times"
-        f" its own matrix products, {share['tokens_per_second']:,.0f} tokens a second"
-    )
-
-
-# %% [markdown]
-# The ratio says how far the step is from what the hardware allows. It was measured in one run with its own products,
-# because machines differ and vary. Muon's own products, which equalize the singular values of each matrix, are not
-# among them, and on a batch of a thousand tokens they weigh.
-
-# %% [markdown]
 # ### The published way, and what each change gains
 #
 # The authors' code applies dense layers to arrays of three axes, convolves by FFT, computes the logits of all positions
@@ -8145,7 +7533,6 @@ def what_was_made():
         ("fine-tuned models, accuracies", compare_order, "runs/data/tiny.json"),
         ("Figure 3", draw_kernels, "runs/figures/kernels.png"),
         ("Figure 4", draw_finetuned, "runs/figures/finetuned.png"),
-        ("share of matrix products", measure_step, "runs/data/tiny.json"),
     ]
     named = [function for _, function, _ in rows]
     others = [

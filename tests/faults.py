@@ -461,9 +461,9 @@ FAULTS = [
     ),
     Fault(
         name="resumed one batch early",
-        where="train",
-        old="batches(data.train, recipe, first)",
-        new="batches(data.train, recipe, max(0, first - 1))",
+        where="training",
+        old="batches(rows, recipe, int(state.step))",
+        new="batches(rows, recipe, max(0, int(state.step) - 1))",
         tests=(
             "tests/test_training.py::test_resumed_run_is_bitwise_the_uninterrupted_one",
             "tests/test_net.py::test_a_resumed_run_is_the_uninterrupted_one",

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import annotated_bigs as bigs
+from workshop import running
 
 
 def fresh(config):
@@ -121,9 +122,9 @@ def pretrain(folder, model, tokens, recipe, leave_after=None, resume=False):
     heldout = [bigs.batch_at(rows, 4, 9, 0)]
     data = bigs.Dataset(NoTokenizer(), rows, heldout, "random tokens")
     recipe = bigs.Recipe(**recipe)
-    with mock.patch.object(bigs, "product_rate", lambda dtype: 1e9):  # not measured
-        bigs.pretrain(model.config, recipe, data, folder, resume, model, stop)
-    log = bigs.read_log(folder)
+    with mock.patch.object(running, "product_rate", lambda dtype: 1e9):  # not measured
+        running.pretrain(model.config, recipe, data, folder, resume, model, stop)
+    log = running.read_log(folder)
     kinds = ("loss", "heldout")
     return [(r["step"], kind, r[kind]) for r in log for kind in kinds if kind in r]
 

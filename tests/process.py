@@ -14,7 +14,7 @@ from pathlib import Path
 import small
 
 import annotated_bigs as bigs
-from workshop import commands
+from workshop import commands, running
 
 plan = json.loads(sys.argv[1])
 output = Path(plan["output"])
@@ -61,14 +61,14 @@ def main():
     recipe = replace(small.RECIPE, **plan["recipe"])
     commands.join_processes(plan.get("distributed", ""))
     bigs.make_step = make_step
-    bigs.product_rate = product_rate
+    running.product_rate = product_rate
     with commands.leaving_on_request() as asked:
 
         def stop():
             return asked() or number == plan.get("leave")
 
         data = small.dataset()
-        return bigs.pretrain(small.CONFIG, recipe, data, output, True, stop=stop)
+        return running.pretrain(small.CONFIG, recipe, data, output, True, stop=stop)
 
 
 try:

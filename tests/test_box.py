@@ -12,7 +12,7 @@ import pytest
 from flax import serialization, traverse_util
 
 import annotated_bigs as bigs
-from workshop import commands, studies
+from workshop import commands, running, studies
 
 SMALL = bigs.Config(60, 16, 2, 48, 32, num_ssm=4, mask_padding=True)
 SENTENCE = "to be or not to be that is the question"
@@ -369,7 +369,7 @@ def short_run(tmp_path_factory):
         save_every=2,
         keep=5,
     )
-    return folder, recipe, bigs.pretrain(SMALL, recipe, data, folder).model
+    return folder, recipe, running.pretrain(SMALL, recipe, data, folder).model
 
 
 def test_the_way_of_a_run_is_that_of_its_kernels(short_run):

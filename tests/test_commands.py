@@ -19,7 +19,7 @@ from shell import TINY, run
 from small import ROOT
 
 import annotated_bigs as bigs
-from workshop import commands
+from workshop import commands, running
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_pretrain_resume_fill_mask(project):
     assert "held-out loss" in printed(project, *tiny, *output)
     assert run(project, *tiny, *output).returncode == 2  # the folder holds a run
     printed(project, *tiny, *output, "--resume")
-    log = bigs.read_log(project / "runs/mine")
+    log = running.read_log(project / "runs/mine")
     assert [record["step"] for record in log] == [0, 3, 3]
 
     model = ("--model", "runs/mine")
@@ -314,7 +314,8 @@ def test_a_second_run_on_the_same_text_starts_at_once(
         first = seconds(folder / "first")
         second = seconds(folder / "second")
         losses = [
-            bigs.read_log(folder / name)[-1]["heldout"] for name in ("first", "second")
+            running.read_log(folder / name)[-1]["heldout"]
+            for name in ("first", "second")
         ]
         assert losses[0] == losses[1]
         return second / first

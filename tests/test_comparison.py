@@ -46,7 +46,7 @@ def test_what_stands_in_the_record_is_not_run_again(tmp_path, monkeypatch):
     def no_run(*_, **__):
         pytest.fail("a finished run is not run again")
 
-    monkeypatch.setattr(bigs, "pretrain", no_run)
+    monkeypatch.setattr(comparison.running, "pretrain", no_run)
     assert compare(plan(), range(2), tmp_path) == both
 
 

@@ -9,6 +9,7 @@ import pytest
 import small
 
 import annotated_bigs as bigs
+from workshop import running
 
 KINDS = {
     "gated": {},
@@ -101,7 +102,7 @@ def test_convolutions_of_a_batch_are_those_of_its_sentences_on_every_device():
 
 def test_a_run_may_take_the_fast_loss(tmp_path):
     runs = [
-        bigs.pretrain(
+        running.pretrain(
             small.CONFIG, small.RECIPE, small.dataset(), tmp_path / name, loss=loss
         )
         for name, loss in (("plain", bigs.batch_loss), ("fast", bigs.fast_loss))

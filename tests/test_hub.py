@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
-from workshop import commands, corpora, glue
+from workshop import commands, corpora, glue, running
 
 pytestmark = pytest.mark.hub
 
@@ -168,6 +168,6 @@ def test_a_few_steps_on_streamed_wikipedia(tmp_path):
     corpus = bigs.Corpus(articles[:180], articles[180:], shard.name)
     data = bigs.make_dataset(corpus, bigs.load_tokenizer(), 128)
     recipe = replace(bigs.RECIPES["demonstration"], steps=20, batch=8)
-    run = bigs.pretrain(bigs.tiny, recipe, data, tmp_path / "run")
+    run = running.pretrain(bigs.tiny, recipe, data, tmp_path / "run")
     heldout = [entry["heldout"] for entry in run.history if "heldout" in entry]
     assert heldout[-1] < heldout[0] - 0.1

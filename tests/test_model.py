@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import annotated_bigs as bigs
+from workshop import running
 
 SMALL = replace(
     bigs.tiny,
@@ -388,7 +389,7 @@ def test_operations_of_a_step_are_those_that_the_compiler_finds(name):
 
     forward = counted_by_the_compiler(lambda model: bigs.fast_loss(model, batch), model)
 
-    ours = bigs.step_operations(config, recipe)
+    ours = running.step_operations(config, recipe)
     assert ours == pytest.approx(3 * forward, rel=0.06)
 
 

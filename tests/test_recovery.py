@@ -21,7 +21,7 @@ import shell
 import small
 
 import annotated_bigs as bigs
-from workshop import commands
+from workshop import commands, running
 
 LONG = dict(steps=60, save_every=5, log_every=5, evaluate_every=20)
 SHARED = dict(batch=8, evaluate_every=5)  # rows for up to eight devices
@@ -70,10 +70,10 @@ def run_here(output, recipe, leave=None, make_step=small.make_step):
     """
     stops = iter(step == leave for step in range(1, 1000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bigs, "product_rate", lambda dtype: 1e9)
+        patch.setattr(running, "product_rate", lambda dtype: 1e9)
         patch.setattr(bigs, "make_step", make_step)
         recipe = replace(small.RECIPE, **recipe)
-        bigs.pretrain(
+        running.pretrain(
             small.CONFIG,
             recipe,
             small.dataset(),
@@ -95,19 +95,19 @@ def records(output, *kinds):
     """The log without what measures time; of the given kinds only, if any."""
     return [
         {key: record[key] for key in ("step", "loss", "heldout") if key in record}
-        for record in bigs.read_log(output)
+        for record in running.read_log(output)
         if not kinds or any(kind in record for kind in kinds)
     ]
 
 
 def reached(output):
-    return max((record["step"] for record in bigs.read_log(output)), default=-1)
+    return max((record["step"] for record in running.read_log(output)), default=-1)
 
 
 def last_state(output, recipe):
     empty = bigs.fresh_state(small.CONFIG, replace(small.RECIPE, **recipe))
-    with bigs.checkpoints(output) as manager:
-        return bigs.restore(manager, empty)
+    with running.checkpoints(output) as manager:
+        return running.restore(manager, empty)
 
 
 def assert_same_run(a, b, recipe, log=True):
@@ -247,11 +247,11 @@ def test_a_run_is_resumed_as_what_it_was(tmp_path, field):
         "recipe": asdict(small.RECIPE),
         "data": {"text": "one"},
     }
-    with bigs.claimed(tmp_path, settings, False):
+    with running.claimed(tmp_path, settings, False):
         before = (tmp_path / "run.json").read_bytes()
 
     with pytest.raises(bigs.UserError, match=f"^{field}: .* began with"):
-        bigs.pretrain(
+        running.pretrain(
             replace(small.CONFIG, **changes["config"]),
             replace(small.RECIPE, **changes["recipe"]),
             data._replace(**changes["data"]),
@@ -333,7 +333,7 @@ def test_a_full_disk_keeps_the_log(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
         with pytest.raises((OSError, bigs.UserError)):
-            bigs.Journal(tmp_path, 50)
+            running.Journal(tmp_path, 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert log.read_text().splitlines() == lines
@@ -344,7 +344,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     file.write_text("")
     for output in (file, file / "run"):
         with pytest.raises(bigs.UserError, match=f"output: {output} cannot be written"):
-            bigs.pretrain(small.CONFIG, small.RECIPE, small.dataset(), output)
+            running.pretrain(small.CONFIG, small.RECIPE, small.dataset(), output)
     assert file.read_text() == ""
 
 

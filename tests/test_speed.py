@@ -181,23 +181,6 @@ def test_the_matrix_is_faster_than_the_fft(timed):
     timed("the matrix by the FFT, 128 tokens forward", ratio, most=1 / 2, rounds=1)
 
 
-@pytest.mark.timing
-def test_a_step_takes_little_more_than_its_products(timed):
-    """The step of the demonstration without Muon, whose products are not counted,
-    compiled as a reader's machine does.
-    """
-    code = (
-        "import annotated_bigs as b; b.keep_memory()\n"
-        "recipe = b.replace(b.RECIPES['demonstration'], matrix_rate=0.0)\n"
-        "print(b.step_share(b.tiny, recipe)['ratio'])"
-    )
-
-    def ratio():
-        return float(run_python(code))
-
-    timed("a step by its products", ratio, most=2, rounds=1)
-
-
 def test_the_command_writes_what_it_measured(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [

@@ -14,7 +14,7 @@ import pytest
 import small
 
 import annotated_bigs as bigs
-from workshop import benchmark, commands
+from workshop import benchmark, commands, running
 
 PLAIN = replace(small.CONFIG, hidden_dropout_prob=0.0)
 pytestmark = pytest.mark.usefixtures("one_step")
@@ -313,14 +313,14 @@ def heldout_of(log):
 
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
     data = small.dataset()
-    whole = bigs.pretrain(small.CONFIG, small.RECIPE, data, tmp_path / "whole")
+    whole = running.pretrain(small.CONFIG, small.RECIPE, data, tmp_path / "whole")
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(bigs, "make_step", killed_at(8, bigs.make_step))
-        bigs.pretrain(small.CONFIG, small.RECIPE, data, cut)
-    assert bigs.checkpoints(cut).latest_step() == 5
+        running.pretrain(small.CONFIG, small.RECIPE, data, cut)
+    assert running.checkpoints(cut).latest_step() == 5
 
-    again = bigs.pretrain(small.CONFIG, small.RECIPE, data, cut, resume=True)
+    again = running.pretrain(small.CONFIG, small.RECIPE, data, cut, resume=True)
 
     for a, b in zip(*map(small.leaves, (whole.model, again.model)), strict=True):
         assert np.array_equal(a, b)
@@ -335,13 +335,13 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
         "recipe": asdict(small.RECIPE),
         "data": {"text": small.dataset().identity},
     }
-    with bigs.claimed(tmp_path, settings, False):
+    with running.claimed(tmp_path, settings, False):
         (tmp_path / "checkpoints").mkdir()
     old = [{"step": 0, "heldout": 9.0}, {"step": 10, "loss": 8.0}]
     lines = [json.dumps(record) + "\n" for record in old]
     (tmp_path / "log.jsonl").write_text("".join(lines))
 
-    run = bigs.pretrain(
+    run = running.pretrain(
         small.CONFIG, small.RECIPE, small.dataset(), tmp_path, resume=True
     )
 
@@ -352,28 +352,41 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(bigs.UserError, match="--resume"):
-        bigs.pretrain(small.CONFIG, small.RECIPE, small.dataset(), tmp_path)
+        running.pretrain(small.CONFIG, small.RECIPE, small.dataset(), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     recipe = replace(small.RECIPE, steps=30, learning_rate=1e12)
     with pytest.raises(FloatingPointError, match="step"):
-        bigs.pretrain(small.CONFIG, recipe, small.dataset(), tmp_path)
+        running.pretrain(small.CONFIG, recipe, small.dataset(), tmp_path)
+
+
+def test_a_run_in_a_folder_is_the_loop_of_the_story(tmp_path):
+    told = bigs.pretrain(small.CONFIG, small.RECIPE, small.dataset())
+    kept = running.pretrain(small.CONFIG, small.RECIPE, small.dataset(), tmp_path)
+
+    for a, b in zip(*map(small.leaves, (told.model, kept.model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    heldout = [
+        [(r["step"], r["heldout"]) for r in run.history if "heldout" in r]
+        for run in (told, kept)
+    ]
+    assert heldout[0] == heldout[1]
 
 
 def test_the_log_tells_speed_and_share(tmp_path):
     config = replace(small.CONFIG, convolution="toeplitz")
     recipe = replace(small.RECIPE, log_every=4)
 
-    history = bigs.pretrain(config, recipe, small.dataset(), tmp_path).history
+    history = running.pretrain(config, recipe, small.dataset(), tmp_path).history
 
     assert log_of(tmp_path) == history
     steps = [record for record in history if "loss" in record]
     assert [record["step"] for record in steps] == [4, 5, 8, 10, 12]
-    operations = bigs.step_operations(config, recipe) / recipe.batch
+    operations = running.step_operations(config, recipe) / recipe.batch
     for record in steps:
         rows_per_second = record["tokens_per_second"] / 32
-        share = rows_per_second * operations / bigs.product_rate("float32")
+        share = rows_per_second * operations / running.product_rate("float32")
         assert record["share"] == pytest.approx(share, rel=0.05, abs=0.001)
 
 
@@ -381,7 +394,9 @@ def test_continuing_on_longer_text_starts_from_the_weights(tmp_path):
     start = bigs.extend(bigs.BiGS(small.CONFIG, seed=5), 64)
     recipe = replace(small.RECIPE, steps=1, length=64, learning_rate=1e-30)
 
-    run = bigs.pretrain(start.config, recipe, small.dataset(64), tmp_path, start=start)
+    run = running.pretrain(
+        start.config, recipe, small.dataset(64), tmp_path, start=start
+    )
 
     for a, b in zip(*map(small.leaves, (start, run.model)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -423,7 +438,7 @@ def test_losses_of_runs_are_drawn_beside_each_other(tmp_path, capsys):
     runs = (tmp_path / "seed0", tmp_path / "seed1")
     for seed, output in enumerate(runs):
         recipe = replace(small.RECIPE, steps=4, seed=seed)
-        bigs.pretrain(small.CONFIG, recipe, small.dataset(), output)
+        running.pretrain(small.CONFIG, recipe, small.dataset(), output)
 
     commands.command_figures(runs, output=tmp_path)
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
-from workshop import commands, corpora, glue, studies
+from workshop import commands, corpora, glue, running, studies
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -289,7 +289,7 @@ def test_a_model_over_another(tmp_path):
 
 
 def test_an_export_over_another_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(bigs, "states_of", lambda run: iter([(3, model("new"))]))
+    monkeypatch.setattr(running, "states_of", lambda run: iter([(3, model("new"))]))
     run = tmp_path / "run"
     tokenizer("new").save_pretrained(run)
 
@@ -505,11 +505,11 @@ def pretrain(monkeypatch, compiled):
     make_step, first = compiled
     monkeypatch.setattr(bigs, "make_step", make_step)
     monkeypatch.setattr(bigs, "fresh_state", lambda *_: copied(first))
-    monkeypatch.setattr(bigs, "checkpoints", States)
-    monkeypatch.setattr(bigs, "product_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(running, "checkpoints", States)
+    monkeypatch.setattr(running, "product_rate", lambda dtype: 1e9)
 
     def run(folder, resume=True, recipe=RECIPE, **options):
-        return bigs.pretrain(CONFIG, recipe, dataset(), folder, resume, **options)
+        return running.pretrain(CONFIG, recipe, dataset(), folder, resume, **options)
 
     return run
 
@@ -517,7 +517,7 @@ def pretrain(monkeypatch, compiled):
 def records(folder):
     """The log without what measures time."""
     kept = ("step", "loss", "heldout")
-    log = bigs.read_log(folder)
+    log = running.read_log(folder)
     return [{name: r[name] for name in kept if name in r} for r in log]
 
 
@@ -534,7 +534,7 @@ def undisturbed(pretrain, tmp_path):
 def check_run(folder, log, tokens):
     """What is there is whole; of the log, what the run must not lose."""
     if (folder / "run.json").exists():
-        bigs.read_settings(folder)
+        running.read_settings(folder)
     assert records(folder)[: len(log)] == log
     bigs.finish_writing(folder)
     for name, content in tokens.items():
@@ -635,7 +635,7 @@ def test_fine_tuning_does_not_touch_another_model(tmp_path):
     before = everything(folder)
     settings = {"grid": {"batch": [16]}}
     with pytest.raises(bigs.UserError, match="but no run.json"):
-        with bigs.claimed(folder, settings, True):
+        with running.claimed(folder, settings, True):
             pass
     assert everything(folder) == before
 
@@ -690,7 +690,7 @@ def test_a_seed_that_is_missing_is_not_made_up(pretrain, half):
 
 def test_what_changes_no_number_may_be_missing(pretrain, half, undisturbed):
     settings = json.loads((half / "run.json").read_text())
-    for field in bigs.FREE:
+    for field in running.FREE:
         del settings["recipe"][field]
     (half / "run.json").write_text(json.dumps(settings))
     pretrain(half)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import benchmark, comparison, corpora, glue, grammar, studies
+from workshop import benchmark, comparison, corpora, glue, grammar, running, studies
 from workshop.arms import of_one_size
 from workshop.tpu import layers_on_tpu, steps_on_tpu
 
@@ -91,7 +91,7 @@ def compare_runs(folders: tuple[Path, ...]) -> Callable:
                     f"runs: {folder} holds no run, {file.name} is missing"
                 )
             recipe = bigs.Recipe(**json.loads(file.read_text())["recipe"])
-            history = bigs.read_log(folder)
+            history = running.read_log(folder)
             for key, style in (
                 ("loss", dict(alpha=0.3, lw=0.8)),
                 ("heldout", dict(marker=".", label=str(folder))),
@@ -376,7 +376,7 @@ def command_pretrain(
     )
     with leaving_on_request() as asked:
         loss = bigs.fast_loss_of(plan)
-        run = bigs.pretrain(config, plan, data, output, resume, start, asked, loss)
+        run = running.pretrain(config, plan, data, output, resume, start, asked, loss)
     last = run.history[-1]
     if last["step"] < plan.steps:
         print(
@@ -409,8 +409,8 @@ def command_export(run: Path, output: Path, compact: bool = False) -> None:
         compact: matrices in bfloat16; half the size, but the authors' code reads
             float32 only.
     """
-    *_, (step, model) = bigs.states_of(run)
-    bigs.export(model, output, bigs.load_tokenizer(run), compact)
+    *_, (step, model) = running.states_of(run)
+    running.export(model, output, bigs.load_tokenizer(run), compact)
     print(f"{output}: the model after {step} steps")
 
 
@@ -689,7 +689,7 @@ def finetuned_task(
             for field in asdict(tunings[0])
         },
     }
-    with bigs.claimed(output / name, settings, True):
+    with running.claimed(output / name, settings, True):
         tuning = glue.searched(
             name, splits, network, tokenizer, tunings, variants, output / name
         )

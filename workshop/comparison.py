@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import glue
+from workshop import glue, running
 
 RATE_SEED = 100  # of the runs that choose a learning rate
 
@@ -114,7 +114,7 @@ def one_run(
     record keeps of it.
     """
     loss = bigs.fast_loss_of(recipe)
-    run = bigs.pretrain(config, recipe, data, folder, resume=True, loss=loss)
+    run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
     each = recipe.batch * recipe.length
     curve = [
         [record["step"] * each, round(record["heldout"], 4)]

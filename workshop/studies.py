@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import annotated_bigs as bigs
-from workshop import arms, corpora
+from workshop import arms, corpora, running
 
 assert arms  # it adds the layers with free kernels
 
@@ -21,7 +21,7 @@ def way_of(run: Path) -> dict[str, np.ndarray]:
     recipe = bigs.Recipe(**json.loads((run / "run.json").read_text())["recipe"])
     way = {}
     start = None
-    for step, model in bigs.states_of(run, every=True):
+    for step, model in running.states_of(run, every=True):
         layers = model.encoder.layers
         config = model.config
         start = bigs.kernels_of(model) if start is None else start
