@@ -3698,11 +3698,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = 8192):
 
 
 # %% [markdown]
-# Documents are packed: their tokens follow each other, a [SEP] after each, and the stream is cut into
-# rows of $L$, each between [CLS] and [SEP]. No row holds padding. The shards that the authors trained on carry a
-# mask, so their rows may end early; packing wastes nothing, at the price of rows that begin in the middle of a
-# sentence. Texts are handed to the tokenizer a few megabytes at a time, line by line, so that all cores work even
-# on one long book, and what does not fill a row waits for the next few.
+# Documents are packed: their tokens follow each other, a [SEP] after each, and the stream is cut into rows of $L$, each
+# between [CLS] and [SEP]. No row holds padding, at the price of rows that begin in the middle of a sentence. Texts are
+# handed to the tokenizer a few megabytes at a time, line by line, so that all cores work even on one long book.
 
 
 # %%
@@ -3719,22 +3717,17 @@ def taken(texts: Iterator[str], characters: float | int) -> Iterator[str]:
             return
 
 
-def packed(
-    texts: Iterable[str], tokenizer, L: int, megabytes: float = 2.0
-) -> Iterator[Int[np.ndarray, "rows L"]]:
-    """Blocks of rows of exactly L tokens: [CLS], L - 2 tokens of the running text,
-    [SEP].
+def running_tokens(
+    texts: Iterable[str], tokenizer, megabytes: float = 2.0
+) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """The tokens of texts, a [SEP] after each, in blocks of so many megabytes of text.
 
-    >>> tokenizer = train_tokenizer(["a b c d e f g"] * 10, 30)
-    >>> [
-    ...     rows.shape
-    ...     for rows in packed(["a b c", "d e f g"] * 4, tokenizer, 6, megabytes=1e-5)
-    ... ]  # 9 tokens at a time
-    [(2, 6), (2, 6), (2, 6), (3, 6)]
+    >>> tokenizer = train_tokenizer(["a b c"] * 10, 20)
+    >>> (block,) = running_tokens(["a b", "c"], tokenizer)
+    >>> tokenizer.decode(block)
+    'a b [SEP] c [SEP]'
     """
-    stream = np.zeros(0, np.int32)
     texts = iter(texts)
-    separator = tokenizer.sep_token_id
     for some in iter(lambda: list(taken(texts, megabytes * 1e6)), []):
         lines = [
             (number, line)
@@ -3748,21 +3741,34 @@ def packed(
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-        ends = [a != b for (a, _), (b, _) in itertools.pairwise([*lines, (None, "")])]
-        ids = [
-            t
-            for line, end in zip(found, ends, strict=True)
-            for t in (*line, *[separator] * end)
-        ]
-        stream = np.concatenate([stream, np.array(ids, np.int32)])
-        rows = len(stream) // (L - 2)
-        body = stream[: rows * (L - 2)].reshape(rows, L - 2)
-        stream = stream[rows * (L - 2) :]
-        yield np.pad(
-            np.pad(body, [(0, 0), (1, 0)], constant_values=tokenizer.cls_token_id),
-            [(0, 0), (0, 1)],
-            constant_values=separator,
-        )
+        tokens = []
+        for (number, _), line, following in zip(
+            lines, found, [*lines[1:], (None, "")], strict=True
+        ):
+            tokens += line
+            if following[0] != number:  # the text ends here
+                tokens.append(tokenizer.sep_token_id)
+        yield np.array(tokens, np.int32)
+
+
+def cut_rows(
+    blocks: Iterable[Int[np.ndarray, " tokens"]], tokenizer, L: int
+) -> Iterator[Int[np.ndarray, "rows L"]]:
+    """Running tokens, block by block, as rows of exactly L: [CLS], L - 2 of them,
+    [SEP]. What does not fill a row waits for the next block.
+
+    >>> tokenizer = train_tokenizer(["a b c"] * 10, 20)
+    >>> blocks = [np.arange(5, 12), np.arange(12, 14)]
+    >>> [rows.tolist() for rows in cut_rows(blocks, tokenizer, 6)]
+    [[[2, 5, 6, 7, 8, 3]], [[2, 9, 10, 11, 12, 3]]]
+    """
+    waiting = np.zeros(0, np.int32)
+    for block in blocks:
+        waiting = np.concatenate([waiting, block])
+        rows = len(waiting) // (L - 2)
+        body, waiting = np.split(waiting, [rows * (L - 2)])
+        edges = [(0, 0), (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+        yield np.pad(body.reshape(rows, L - 2), [(0, 0), (1, 1)], constant_values=edges)
 
 
 # %% [markdown]
@@ -3777,7 +3783,8 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
     >>> tokenizer.decode(pack(["a b c", "d e f g"], tokenizer, 5)[0])
     '[CLS] a b c [SEP]'
     """
-    rows = np.concatenate([np.zeros((0, L), np.int32), *packed(texts, tokenizer, L)])
+    blocks = cut_rows(running_tokens(texts, tokenizer), tokenizer, L)
+    rows = np.concatenate([np.zeros((0, L), np.int32), *blocks])
     if len(rows) == 0:
         raise UserError(
             f"corpus: {sum(map(len, texts))} characters do not fill one row of {L}"
@@ -3813,9 +3820,6 @@ class Batch(NamedTuple):
     input_ids: Int[AnyArray, "batch L"]
     positions: Int[AnyArray, "batch P"]
     labels: Int[AnyArray, "batch P"]
-    lengths: Int[AnyArray, " batch"] | None = (
-        None  # tokens before the padding; None: no row has any
-    )
 
 
 class Rows(NamedTuple):
@@ -3827,9 +3831,6 @@ class Rows(NamedTuple):
     vocab_size: int
     mask_id: int
     special_ids: tuple[int, ...]
-    masked: tuple[Any, Any, Any] | None = (
-        None  # positions, labels, lengths, where masks were drawn offline
-    )
 
 
 # %% [markdown]
@@ -3943,8 +3944,6 @@ def batch_at(
         for e, i in zip(epochs.tolist(), places, strict=True)
     ]
     numbers = np.array([row for _, row in chosen])
-    if rows.masked is not None:
-        return Batch(rows.tokens[numbers], *(column[numbers] for column in rows.masked))
     L = rows.tokens[numbers[:1]].shape[1]
     dice = [
         random_numbers(seed, e % masks if masks else e, row, L) for e, row in chosen
@@ -3970,14 +3969,14 @@ class Dataset(NamedTuple):
     identity: str = ""  # of the rows; a run can only be resumed on the same
 
 
-def rows_for(tokenizer, tokens: Any, masked: tuple | None = None) -> Rows:
+def rows_for(tokenizer, tokens: Any) -> Rows:
     """Rows of a tokenizer's tokens; special ones are padding, [CLS] and [SEP].
 
     >>> rows_for(train_tokenizer(["a b c"] * 10, 20), np.ones((2, 8), int)).special_ids
     (0, 2, 3)
     """
     special = tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
-    return Rows(tokens, len(tokenizer), tokenizer.mask_token_id, special, masked)
+    return Rows(tokens, len(tokenizer), tokenizer.mask_token_id, special)
 
 
 def fixed_batches(rows: Rows, count: int = 256, batch: int = 64) -> list[Batch]:
@@ -4101,23 +4100,10 @@ def masked_loss(
 
 
 # %% [markdown]
-# The loss of a model on a batch. (Packed rows are full, so that every token of them is a word.)
+# The loss of a model on a batch. Packed rows are full, so every token of them is a word.
 
 
 # %%
-def words_of(batch: Batch) -> Bool[Array, "batch L"]:
-    """True at the words of a batch, false at its padding.
-
-    >>> batch = Batch(jnp.ones((2, 3), int), None, None, lengths=jnp.array([3, 1]))
-    >>> words_of(batch).tolist()
-    [[True, True, True], [True, False, False]]
-    """
-    rows, L = batch.input_ids.shape
-    if batch.lengths is None:
-        return jnp.ones((rows, L), bool)
-    return jnp.arange(L) < jnp.asarray(batch.lengths)[:, None]
-
-
 def batch_loss(
     model: BiGS, batch: Batch, key: jax.Array | None = None
 ) -> Float[Array, ""]:
@@ -4129,7 +4115,7 @@ def batch_loss(
     >>> bool(abs(loss - jnp.log(50)) < 0.5)  # an untrained model knows next to nothing
     True
     """
-    mask = words_of(batch)
+    mask = jnp.ones(batch.input_ids.shape, bool)
     logits = masked_logits(model, batch.positions, batch.input_ids, mask, key)
     return masked_loss(logits, batch.labels)
 
@@ -4974,13 +4960,10 @@ def fast_loss(
     >>> bool(jnp.allclose(fast_loss(model, batch), batch_loss(model, batch), atol=1e-5))
     True
     """
+    mask = jnp.ones(batch.input_ids.shape, bool)
+    at = batch.positions
     x = encode_at(
-        model.encoder,
-        batch.input_ids,
-        words_of(batch),
-        key=key,
-        positions=batch.positions,
-        remat=remat,
+        model.encoder, batch.input_ids, mask, key=key, positions=at, remat=remat
     )
     return masked_loss(model.head(x, model.encoder.words), batch.labels)
 
@@ -6837,7 +6820,8 @@ def draw_finetuned():
 #
 # The shards that the authors trained on come from the toolkit
 # [academic-budget-bert](https://github.com/IntelLabs/academic-budget-bert): HDF5 files of rows that were tokenized and
-# masked offline, with BERT's vocabulary.
+# masked offline, with BERT's vocabulary. Their masks are undone and their rows packed again, so that they are one more
+# text.
 #
 # `--corpus` also takes a data set of the hub, by name, which is streamed. Whatever it is, a corpus falls into parts,
 # files or the shards of the data set, and each part says what it depends on: a file on its bytes, wherever it lies
@@ -7142,7 +7126,7 @@ def heldout_at(
     length = rows.tokens.shape[1]
     size = tokens // max(length, padded_to)
     for step in range(4):
-        ids, positions, labels, _ = batch_at(rows, size, 0, step)
+        ids, positions, labels = batch_at(rows, size, 0, step)
         ids = np.pad(
             ids,
             [(0, 0), (0, max(0, padded_to - length))],

@@ -295,7 +295,7 @@ FAULTS = [
     ),
     Fault(
         name="held-out texts are trained on",
-        where="rows_of",
+        where="text_tokens",
         old="later.append(document.text)\n            else:\n"
         "                yield document.text",
         new="later.append(document.text)\n            yield document.text",

@@ -40,25 +40,38 @@ def outputs(model, input_ids, mask=None, types=None):
     return model(input_ids, mask, types)
 
 
+def padded(input_ids, positions, labels, lengths):
+    """A batch of texts that are padded with 0 beyond their lengths."""
+    inside = np.arange(input_ids.shape[1]) < lengths[:, None]
+    return bigs.Batch(np.where(inside, input_ids, 0), positions, labels)
+
+
+def padded_loss(model, batch, key=None):
+    """The masked-LM loss of texts that are padded, which pretraining never has."""
+    mask = batch.input_ids != 0
+    logits = bigs.masked_logits(model, batch.positions, batch.input_ids, mask, key)
+    return bigs.masked_loss(logits, batch.labels)
+
+
 @functools.cache
 def compiled_gradient():
-    return jax.jit(jax.value_and_grad(bigs.batch_loss))
+    return jax.jit(jax.value_and_grad(padded_loss))
 
 
 def loss_and_gradient(model, batch):
     """The masked-LM loss without dropout, and its gradient by published name."""
-    loss, gradient = compiled_gradient()(model, bigs.Batch(**batch))
+    loss, gradient = compiled_gradient()(model, padded(**batch))
     return float(loss), by_published_name(gradient)
 
 
 def train(model, batches, recipe):
     """The loss of a training step on each batch, and the parameters after the last."""
     recipe = bigs.Recipe(**recipe)
-    step = bigs.make_step(recipe)
+    step = bigs.make_step(recipe, padded_loss)
     state = bigs.fresh_state(model.config, recipe, model)
     losses = []
     for batch in batches:
-        state, loss = step(state, bigs.Batch(**batch))
+        state, loss = step(state, padded(**batch))
         losses.append(float(loss))
     return losses, by_published_name(state.model)
 

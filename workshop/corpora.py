@@ -158,51 +158,67 @@ def lzma_error() -> type[Exception]:
     return lzma.LZMAError
 
 
-SHARD = {
-    "input_ids": "tokens",
-    "masked_lm_positions": "positions",
-    "masked_lm_ids": "labels",
-}
+SHARD = ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")
+
+
+def check_shard(file: Path, shard: Any) -> None:
+    """UserError if an open HDF5 file lacks a field, or has too few rows of it."""
+    for field in SHARD:
+        if field not in shard or len(shard[field]) != len(shard["input_ids"]):
+            raise bigs.UserError(
+                f"{file}: {field} is missing or shorter than input_ids; make the shard"
+                " again"
+            )
+
+
+def check_values(file: Path, field: str, values: np.ndarray, end: int) -> None:
+    """UserError if values of a field are not in 0 to end - 1.
+
+    >>> check_values(Path("a.h5"), "input_ids", np.array([7]), 5)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: a.h5: input_ids holds 7 to 7, not 0 to 4; name the ...
+    """
+    if values.min() < 0 or values.max() >= end:
+        raise bigs.UserError(
+            f"{file}: {field} holds {values.min()} to {values.max()}, not 0 to"
+            f" {end - 1}; name the vocabulary it was made with, or make the shard again"
+        )
 
 
 def read_shard(
-    file: Path, L: int, V: int, block: int = 4096
-) -> Iterator[dict[str, Any]]:
-    """Rows of an HDF5 shard; UserError if a field is missing or does not fit rows of L
-    tokens of V word pieces.
+    file: Path, tokenizer, split: bool, block: int = 4096
+) -> Iterator[tuple[bool, np.ndarray]]:
+    """(held out, running tokens) of an HDF5 shard, many rows at a time: masks are
+    undone, [CLS] and the [SEP] that closes a full row are left out. If it is to be
+    split, one row in sixty-four is held out, at the end.
+
+    Raises UserError if a field is missing or does not fit the vocabulary.
     """
     import h5py
 
+    pieces = len(tokenizer)
     try:
         with h5py.File(file) as shard:
-            for field in ("input_ids", "input_mask", *SHARD):
-                if field not in shard or len(shard[field]) != len(shard["input_ids"]):
-                    raise bigs.UserError(
-                        f"{file}: {field} is missing or shorter than input_ids; make"
-                        " the shard again"
-                    )
-                width = -(-20 * L // 128) if field.startswith("masked_lm") else L
-                if shard[field].shape[1] != width:
-                    raise bigs.UserError(
-                        f"{file}: {field} has {shard[field].shape[1]} columns, but rows"
-                        f" of {L} tokens have {width}; give the shard's own --length"
-                    )
-            for start in range(0, len(shard["input_ids"]), block):
-                part = slice(start, start + block)
-                columns = [shard[field][part].astype(np.int32) for field in SHARD]
-                for field, values, end in zip(SHARD, columns, (V, L, V), strict=True):
-                    if values.min() < 0 or values.max() >= end:
-                        raise bigs.UserError(
-                            f"{file}: {field} holds {values.min()} to {values.max()},"
-                            f" not 0 to {end - 1}; name the vocabulary it was made"
-                            " with, or make the shard again"
-                        )
-                columns.append((shard["input_mask"][part] > 0).sum(1).astype(np.int32))
-                names = (*SHARD.values(), "lengths")
-                yield from (
-                    dict(zip(names, row, strict=True))
-                    for row in zip(*columns, strict=True)
+            check_shard(file, shard)
+            rows, L = shard["input_ids"].shape
+            train = rows - (-(-rows // 64) if split else 0)
+            for first, end in itertools.pairwise(
+                [*range(0, train, block), train, rows]
+            ):
+                ids, mask, positions, words = (
+                    shard[field][first:end].astype(np.int32) for field in SHARD
                 )
+                if first == end:
+                    continue
+                check_values(file, "input_ids", ids, pieces)
+                check_values(file, "masked_lm_positions", positions, L)
+                check_values(file, "masked_lm_ids", words, pieces)
+                row, place = np.nonzero(words)
+                ids[row, positions[row, place]] = words[row, place]
+                lengths = (mask > 0).sum(1)
+                ends = np.where(lengths == L, L - 1, lengths)
+                inside = np.arange(L) < ends[:, None]
+                yield first >= train, ids[inside & (ids != tokenizer.cls_token_id)]
     except OSError as error:
         raise bigs.UserError(
             f"{file}: no HDF5 file that can be read ({error})"
@@ -328,8 +344,12 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 64 == 0
 
 
-def rows_of(part: Part, tokenizer, L: int, split: bool) -> Iterator[dict[str, Any]]:
-    """Packed rows of a part, those to be held out last."""
+def text_tokens(
+    part: Part, tokenizer, split: bool
+) -> Iterator[tuple[bool, np.ndarray]]:
+    """(held out, running tokens) of a part of texts, many texts at a time; those to be
+    held out come last.
+    """
     later = []
 
     def train():
@@ -339,9 +359,19 @@ def rows_of(part: Part, tokenizer, L: int, split: bool) -> Iterator[dict[str, An
             else:
                 yield document.text
 
-    for texts, heldout in ((train(), False), (iter(later), True)):
-        for block in bigs.packed(texts, tokenizer, L):
-            yield from ({"tokens": row, "heldout": heldout} for row in block)
+    for heldout, texts in ((False, train()), (True, later)):
+        for block in bigs.running_tokens(texts, tokenizer):
+            yield heldout, block
+
+
+def rows_of(part: Part, tokenizer, L: int, split: bool) -> Iterator[dict[str, Any]]:
+    """Packed rows of a part, those to be held out last."""
+    read = part.read if part.is_shard else functools.partial(text_tokens, part)
+    sides = itertools.groupby(read(tokenizer, split), key=lambda found: found[0])
+    for heldout, found in sides:
+        blocks = (tokens for _, tokens in found)
+        for rows in bigs.cut_rows(blocks, tokenizer, L):
+            yield from ({"tokens": row, "heldout": heldout} for row in rows)
 
 
 def fingerprint(*what: Any) -> str:
@@ -383,27 +413,14 @@ def prepared(part: Part, tokenizer, L: int, split: bool):
     """
     import datasets
 
-    def ids(n):
-        return datasets.features.Sequence(datasets.Value("int32"), length=n)
-
-    columns = {"tokens": ids(L), "heldout": datasets.Value("bool")}
+    columns = {
+        "tokens": datasets.features.Sequence(datasets.Value("int32"), length=L),
+        "heldout": datasets.Value("bool"),
+    }
+    kind = (tokenizer.backend_tokenizer.to_str(), split)
     if part.is_shard:
-        columns = {
-            "tokens": ids(L),
-            "positions": ids(-(-20 * L // 128)),
-            "labels": ids(-(-20 * L // 128)),
-            "lengths": datasets.Value("int32"),
-        }
-    kind = (
-        ("shard", len(tokenizer))
-        if part.is_shard
-        else (tokenizer.backend_tokenizer.to_str(), split)
-    )
-    make = (
-        functools.partial(part.read, L, len(tokenizer))
-        if part.is_shard
-        else functools.partial(rows_of, part, tokenizer, L, split)
-    )
+        kind = ("unmasked", *kind)
+    make = functools.partial(rows_of, part, tokenizer, L, split)
     key = fingerprint("rows 1", part.identity, kind, L)
     try:
         return (
@@ -435,7 +452,7 @@ def prepare(
     """Rows of L tokens of some corpora (of their first parts), and held-out batches of
     others or of their own.
 
-    Raises UserError if nothing was held out, or if HDF5 shards are mixed with texts.
+    Raises UserError if nothing was held out.
     """
     import datasets
     from tqdm import tqdm
@@ -444,10 +461,6 @@ def prepare(
         [part for source in group for part in parts_of(source)[:parts]]
         for group in (sources, heldout)
     )
-    if len({part.is_shard for part in own + other}) > 1:
-        raise bigs.UserError(
-            "corpus: HDF5 shards and texts cannot be mixed; give one kind"
-        )
     bar = tqdm(
         own + other, desc="preparing text", unit="part", disable=len(own + other) < 2
     )
@@ -481,16 +494,7 @@ def prepare(
         table = datasets.concatenate_datasets(
             [table for table in tables if len(table)]
         ).with_format("numpy")
-
-        def column(name):
-            return table.select_columns(name)[name]
-
-        masked = (
-            tuple(map(column, ("positions", "labels", "lengths")))
-            if own[0].is_shard
-            else None
-        )
-        return bigs.rows_for(tokenizer, column("tokens"), masked)
+        return bigs.rows_for(tokenizer, table.select_columns("tokens")["tokens"])
 
     batches = bigs.fixed_batches(rows(held), 512, max(8, min(64, 8192 // L)))
     return bigs.Dataset(
@@ -499,15 +503,8 @@ def prepare(
 
 
 def held_rows(table) -> int:
-    """Rows at the end of a part that are held out: those marked, or one in sixty-four
-    of a shard.
-    """
-    marked = "heldout" in table.column_names
-    return (
-        int(np.sum(table.with_format("numpy")["heldout"][:]))
-        if marked
-        else -(-len(table) // 64)
-    )
+    """Rows at the end of a part that are held out."""
+    return int(np.sum(table.with_format("numpy")["heldout"][:]))
 
 
 def trained_vocabulary(
