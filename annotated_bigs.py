@@ -5850,11 +5850,11 @@ def predict(
 
 
 # %% tags=["appendix"]
-class Labelled(NamedTuple):
-    """Single texts, and their labels."""
+class Texts(NamedTuple):
+    """Single texts or pairs, and their labels; None for a test set."""
 
-    texts: list[tuple[str]]
-    labels: Int[np.ndarray, " n"]
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray | None
 
 
 def exchanged(sentence: str, rng: np.random.Generator) -> str:
@@ -5869,7 +5869,7 @@ def exchanged(sentence: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def order_texts(documents: list[Document], count: int, seed: int) -> Labelled:
+def order_texts(documents: list[Document], count: int, seed: int) -> Texts:
     """So many sentences of 8 to 24 words, every second one with an exchange; label 1 if
     the order is right.
 
@@ -5890,11 +5890,11 @@ def order_texts(documents: list[Document], count: int, seed: int) -> Labelled:
         (text if right else exchanged(text, rng),)
         for text, right in zip(chosen, labels, strict=True)
     ]
-    return Labelled(texts, labels.astype(np.int32))
+    return Texts(texts, labels.astype(np.int32))
 
 
 @functools.cache
-def order_task() -> tuple[Labelled, Labelled]:
+def order_task() -> tuple[Texts, Texts]:
     """The demonstration's sentences to learn from and to judge."""
     corpus = embedded_english()
     train = order_texts(corpus.train, TO_LEARN, seed=0)

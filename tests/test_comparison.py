@@ -85,7 +85,7 @@ def test_runs_of_one_seed_read_the_same(tmp_path, monkeypatch):
 def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path):
     rng = np.random.default_rng(0)
     sentences = [(" ".join(rng.choice(list("abcd"), 6)),) for _ in range(96)]
-    texts = comparison.glue.Texts(sentences, rng.integers(0, 2, 96))
+    texts = comparison.bigs.Texts(sentences, rng.integers(0, 2, 96))
     tasks = {"sst2": {"train": texts, "dev": texts}}
 
     tokenizer = bigs.train_tokenizer(["a b c d"] * 9, 40)

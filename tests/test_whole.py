@@ -368,7 +368,7 @@ def test_a_vocabulary(tmp_path, monkeypatch):
 @pytest.fixture
 def fine_tuned(monkeypatch):
     """Runs a task with some seeds; none is trained, the second is better."""
-    splits = {"test": glue.Texts([("to be", None)] * 3, None)}
+    splits = {"test": bigs.Texts([("to be", None)] * 3, None)}
 
     def tune(name, splits, start, tokenizer, tuning, variant, seed):
         which = ("old", "new")[seed]

@@ -649,7 +649,7 @@ def starting_point(model: str, start: str | None, name: str, output: Path) -> st
 
 def finetuned_task(
     name: str,
-    splits: dict[str, glue.Texts],
+    splits: dict[str, bigs.Texts],
     origin: str,
     grid: Grid,
     search: bool,

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     batch: int
     rate_steps: int  # of a run that chooses a learning rate
     rates: tuple[float, ...]  # multiples of the recipe's
-    tasks: dict[str, dict[str, glue.Texts]]
+    tasks: dict[str, dict[str, bigs.Texts]]
     most: int  # training examples of a task at most
 
 
@@ -83,13 +83,13 @@ def recipe_of(
 
 
 def task_score(
-    name: str, splits: dict[str, glue.Texts], most: int, model: bigs.BiGS, data, seed
+    name: str, splits: dict[str, bigs.Texts], most: int, model: bigs.BiGS, data, seed
 ) -> dict[str, Any]:
     """Fine-tune a model on the first training examples of a task: the score after the
     last epoch, and the answers.
     """
     texts, labels = splits["train"]
-    splits = splits | {"train": glue.Texts(texts[:most], labels[:most])}
+    splits = splits | {"train": bigs.Texts(texts[:most], labels[:most])}
     tuning = bigs.Tuning(learning_rate=3e-5 * 1024 / model.config.hidden_size)
     run, _ = glue.tune(name, splits, model, data.tokenizer, tuning, "pretrained", seed)
     dev = next(iter(run["last"]))

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -118,13 +118,6 @@ def text_lines(file: Path) -> Iterator[str]:
         ) from None
 
 
-class Texts(NamedTuple):
-    """A split of a task: texts or pairs, and their labels; None in a test set."""
-
-    texts: list[tuple[str, ...]]
-    labels: np.ndarray | None
-
-
 def label_of(task: bigs.Task, word: str) -> int | float:
     """The number of a label, or a score between 0 and 5; ValueError says what it should
     be.
@@ -142,7 +135,7 @@ def label_of(task: bigs.Task, word: str) -> int | float:
     raise ValueError(f"{word!r} should be a number from 0 to 5")
 
 
-def official_split(name: str, split: str, data: Path) -> Texts | None:
+def official_split(name: str, split: str, data: Path) -> bigs.Texts | None:
     """A split of a task from its official file, plain or compressed, or None if there
     is no such file.
     """
@@ -166,7 +159,7 @@ def official_split(name: str, split: str, data: Path) -> Texts | None:
             raise bigs.UserError(
                 f"{files[0]}, line {number}: {task.label} {error}; restore the line"
             ) from None
-    return Texts(texts, None if tested else np.array(labels))
+    return bigs.Texts(texts, None if tested else np.array(labels))
 
 
 HUB = "nyu-mll/glue"
@@ -179,7 +172,7 @@ HUB_TEXTS = {
 }
 
 
-def hub_split(name: str, split: str) -> Texts | None:
+def hub_split(name: str, split: str) -> bigs.Texts | None:
     """A split of a task from the hub, through `datasets`."""
     import datasets
 
@@ -202,17 +195,19 @@ def hub_split(name: str, split: str) -> Texts | None:
         *(table[column] for column in HUB_TEXTS.get(which, bigs.GLUE[name].texts)),
         strict=True,
     )
-    return Texts(list(texts), None if "test" in columns else np.array(table["label"]))
+    return bigs.Texts(
+        list(texts), None if "test" in columns else np.array(table["label"])
+    )
 
 
 @functools.cache
-def task_texts(name: str, data: Path | None) -> dict[str, Texts]:
+def task_texts(name: str, data: Path | None) -> dict[str, bigs.Texts]:
     """All splits of a task that are there, from a folder or the hub; or the embedded
     sentences.
     """
     if name == "order":
         parts = zip(("train", "dev"), bigs.order_task(), strict=True)
-        return {split: Texts(*own) for split, own in parts}
+        return dict(parts)
     if data is not None and not data.is_dir():
         raise bigs.UserError(
             f"data: {data} is no folder; pass the one that holds CoLA, SST-2 and the"
@@ -229,11 +224,14 @@ def task_texts(name: str, data: Path | None) -> dict[str, Texts]:
     return {split: texts for split, texts in found.items() if texts is not None}
 
 
-def no_skill(task: bigs.Task, train: Texts, dev: Texts) -> dict[str, float]:
+def no_skill(task: bigs.Task, train: bigs.Texts, dev: bigs.Texts) -> dict[str, float]:
     """The score of a uniform guess, on average of 100, and of the commonest label or
     the mean of the training set.
 
-    >>> train, dev = Texts([], np.array([1, 1, 0])), Texts([], np.array([1, 0, 1, 1]))
+    >>> train, dev = (
+    ...     bigs.Texts([], np.array([1, 1, 0])),
+    ...     bigs.Texts([], np.array([1, 0, 1, 1])),
+    ... )
     >>> no_skill(bigs.GLUE["sst2"], train, dev)["majority"]
     0.75
     """
@@ -266,7 +264,7 @@ GLUE_VARIANTS = {
 
 def tune(
     name: str,
-    splits: dict[str, Texts],
+    splits: dict[str, bigs.Texts],
     start: bigs.BiGS,
     tokenizer,
     tuning: bigs.Tuning,
@@ -389,7 +387,7 @@ ANSWERS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic":
 
 
 def write_answers(
-    name: str, splits: dict[str, Texts], model: bigs.BiGS, tokenizer, folder: Path
+    name: str, splits: dict[str, bigs.Texts], model: bigs.BiGS, tokenizer, folder: Path
 ) -> None:
     """One file for each test set: the number of a row, a tab, its label or score."""
     task = bigs.GLUE[name]
@@ -415,7 +413,7 @@ def write_answers(
 
 def run_task(
     name: str,
-    splits: dict[str, Texts],
+    splits: dict[str, bigs.Texts],
     start: bigs.BiGS,
     tokenizer,
     tuning: bigs.Tuning,
@@ -450,7 +448,7 @@ def run_task(
 
 def searched(
     name: str,
-    splits: dict[str, Texts],
+    splits: dict[str, bigs.Texts],
     start: bigs.BiGS,
     tokenizer,
     tunings: list[bigs.Tuning],
@@ -483,7 +481,7 @@ def searched(
 
 
 def summary(
-    name: str, records: list[dict[str, Any]], splits: dict[str, Texts]
+    name: str, records: list[dict[str, Any]], splits: dict[str, bigs.Texts]
 ) -> dict[str, Any]:
     """What the runs of a task found: scores by variant, seed by seed, and those of no
     skill.
