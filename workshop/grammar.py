@@ -9,7 +9,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 
 import annotated_bigs as bigs
 
-LENGTHS = (12, 16, 24, 32, 64, 128)  # texts are padded to one of these
+FIELDS = ("UID", "linguistics_term", "sentence_good", "sentence_bad")
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
@@ -44,7 +44,28 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-FIELDS = ("UID", "linguistics_term", "sentence_good", "sentence_bad")
+class MaskedCopy(NamedTuple):
+    """A sentence with one of its pieces masked."""
+
+    sentence: int  # its number
+    ids: list[int]
+    place: int  # of the mask
+    piece: int  # that stood there
+
+
+def masked_copies(
+    sentences: list[list[int]], mask_id: int, cls_id: int, sep_id: int
+) -> Iterator[MaskedCopy]:
+    """Each sentence once for each of its pieces.
+
+    >>> [copy.ids for copy in masked_copies([[7, 8]], 4, 2, 3)]
+    [[2, 4, 8, 3], [2, 7, 4, 3]]
+    """
+    for number, pieces in enumerate(sentences):
+        for place, piece in enumerate(pieces, 1):
+            ids = [cls_id, *pieces, sep_id]
+            ids[place] = mask_id
+            yield MaskedCopy(number, ids, place, piece)
 
 
 @jax.jit
@@ -63,19 +84,19 @@ def piece_scores(
     return chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-def masked_copies(
-    sentences: list[list[int]], mask_id: int, cls_id: int, sep_id: int
-) -> Iterator[tuple[int, list[int], int, int]]:
-    """Each sentence once for each of its pieces, which is masked: the sentence's
-    number, the text, the place, the piece.
-
-    >>> list(masked_copies([[7, 8]], 4, 2, 3))
-    [(0, [2, 4, 8, 3], 1, 7), (0, [2, 7, 4, 3], 2, 8)]
-    """
-    for number, pieces in enumerate(sentences):
-        whole = [cls_id, *pieces, sep_id]
-        for place, piece in enumerate(pieces, 1):
-            yield number, [*whole[:place], mask_id, *whole[place + 1 :]], place, piece
+def copy_scores(
+    model: bigs.BiGS, copies: list[MaskedCopy], L: int, batch: int
+) -> np.ndarray:
+    """Log-likelihood of the masked piece of each of at most `batch` copies."""
+    filled = copies + copies[:1] * (batch - len(copies))  # one shape for each length
+    ids = np.zeros((batch, L), np.int32)
+    for row, copy in zip(ids, filled, strict=True):
+        row[: len(copy.ids)] = copy.ids
+    lengths = np.array([len(copy.ids) for copy in filled])
+    places = np.array([copy.place for copy in filled])
+    pieces = np.array([copy.piece for copy in filled])
+    scores = piece_scores(model, ids, lengths, places, pieces)
+    return np.asarray(scores)[: len(copies)]
 
 
 def sentence_scores(
@@ -84,32 +105,25 @@ def sentence_scores(
     """The score of each text, in nats."""
     from tqdm import tqdm
 
+    most = model.config.max_position_embeddings
     sentences = tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, sentences)) + 2
-    if longest > model.config.max_position_embeddings:
+    if longest > most:
         raise bigs.UserError(
             f"pairs: a sentence has {longest} tokens, and this model reads at most"
-            f" {model.config.max_position_embeddings}; leave it out"
+            f" {most}; leave it out"
         )
     special = tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
-    copies = sorted(masked_copies(sentences, *special), key=lambda copy: len(copy[1]))
+    by_shape: dict[int, list[MaskedCopy]] = {}
+    for copy in masked_copies(sentences, *special):
+        by_shape.setdefault(bigs.shape_of(len(copy.ids), most), []).append(copy)
     scores = np.zeros(len(texts))
-    bar = tqdm(total=len(copies), desc="pieces", mininterval=1)
-    for L in LENGTHS:
-        fitting = [copy for copy in copies if L >= len(copy[1])]
-        copies = copies[len(fitting) :]
-        for first in range(0, len(fitting), batch):
-            part = fitting[first : first + batch]
-            filled = part + part[:1] * (batch - len(part))  # one shape for each length
-            ids = np.zeros((batch, L), np.int32)
-            for row, (_, text, _, _) in zip(ids, filled, strict=True):
-                row[: len(text)] = text
-            lengths = np.array([len(text) for _, text, _, _ in filled])
-            numbers, _, places, pieces = map(list, zip(*filled, strict=True))
-            found = piece_scores(
-                model, ids, lengths, np.array(places), np.array(pieces)
-            )
-            np.add.at(scores, numbers[: len(part)], np.asarray(found)[: len(part)])
+    bar = tqdm(total=sum(map(len, sentences)), desc="pieces", mininterval=1)
+    for L, copies in by_shape.items():
+        for first in range(0, len(copies), batch):
+            part = copies[first : first + batch]
+            numbers = [copy.sentence for copy in part]
+            np.add.at(scores, numbers, copy_scores(model, part, L, batch))
             bar.update(len(part))
     return scores
 
@@ -125,20 +139,20 @@ def accuracy(
     found = sentence_scores(model, tokenizer, distinct)
     scores = dict(zip(distinct, found, strict=True))
     right: dict[str, list[bool]] = {}
-    terms = {}
+    paradigms_of: dict[str, set[str]] = {}
     for pair in pairs:
         better = scores[pair["sentence_good"]] > scores[pair["sentence_bad"]]
         right.setdefault(pair["UID"], []).append(bool(better))
-        terms[pair["UID"]] = pair["linguistics_term"]
+        paradigms_of.setdefault(pair["linguistics_term"], set()).add(pair["UID"])
     paradigms = {name: 100 * float(np.mean(found)) for name, found in right.items()}
-    by_term = {
-        term: float(np.mean([paradigms[name] for name in terms if terms[name] == term]))
-        for term in sorted(set(terms.values()))
-    }
+    terms = {}
+    for term in sorted(paradigms_of):
+        own = [paradigms[name] for name in paradigms_of[term]]
+        terms[term] = round(float(np.mean(own)), 1)
     return {
         "accuracy": round(float(np.mean(list(paradigms.values()))), 2),
         "pairs": len(pairs),
-        "terms": {term: round(value, 1) for term, value in by_term.items()},
+        "terms": terms,
         "paradigms": {name: round(value, 1) for name, value in paradigms.items()},
     }
 
