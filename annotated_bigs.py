@@ -48,17 +48,17 @@
 # | [1 Tools](#1-tools) | | helpers, not for reading |
 # | [**2 A sentence by hand**](#2-a-sentence-by-hand) | 3 | what a layer does with five words, and the letters |
 # | [**3 State spaces**](#3-state-spaces) | 7 | a memory of a few numbers, from a differential equation to a recurrence |
-# | [**4 Diagonal state spaces**](#4-diagonal-state-spaces) | 9 | the curve that a layer slides over a sentence, as a sum of fades |
-# | [**5 Convolution four ways**](#5-convolution-four-ways) | 9 | how to slide it, forward and backward, slowly and fast |
+# | [**4 Diagonal state spaces**](#4-diagonal-state-spaces) | 7 | the curve that a layer slides over a sentence, as a sum of fades |
+# | [**5 Convolution four ways**](#5-convolution-four-ways) | 7 | how to slide it, forward and backward, slowly and fast |
 # | [**6 Gating**](#6-gating) | 9 | the layer, equation (9) line by line, and its rivals |
 # | [**7 The encoder and its heads**](#7-the-encoder-and-its-heads) | 6 | the model, and what it costs |
 # | [8 The published weights](#8-the-published-weights) | 6 | theirs loaded, ours filling masks |
 # | [9 From text to masked batches](#9-from-text-to-masked-batches) | 7 | rows of tokens with holes |
-# | [**10 Loss, schedule, optimizer**](#10-loss-schedule-optimizer) | 6 | recipes, the authors' and ours |
+# | [**10 Loss, schedule, optimizer**](#10-loss-schedule-optimizer) | 5 | recipes, the authors' and ours |
 # | [11 One step on many chips](#11-one-step-on-many-chips) | 6 | devices, and the same step made fast |
-# | [**12 Pretraining**](#12-pretraining), from [Live](#live) on | 4 | a model trained before your eyes |
+# | [**12 Pretraining**](#12-pretraining) | 6 | a model trained before your eyes |
 # | [**13 Fine-tuning**](#13-fine-tuning), from [Live](#live-1) on | 5 | what pretraining is good for |
-# | [**14 Looking at kernels**](#14-looking-at-kernels) | 9 | what the curves have learned, and what they are worth |
+# | [**14 Looking at kernels**](#14-looking-at-kernels) | 8 | what the curves have learned, and what they are worth |
 # | [15](#15-the-command-line), [16 Results](#16-results) | 12 | commands; paper and program side by side, limits, related work |
 # | [appendices](#appendix-a-text-of-your-own) | 15 | text of your own, the model in the box, speed |
 #
@@ -959,10 +959,14 @@ def discretize_diagonal(
 #
 # Each pole sets one rate of fading and one frequency. The kernel is a sum of such fades, weighted by $C$.
 #
-# A word on precision. Some poles turn by a thousand radians in a unit of time, so the phase $l \Delta \operatorname{Im}
-# A_n$ becomes a large number. float32 keeps only its first seven digits, and the sine needs the last ones. But whole
-# turns change nothing. `unwind` takes them away once, before the multiplication by $l$, and [the
+# <details><summary>Why whole turns are taken away first</summary>
+#
+# Some poles turn by a thousand radians in a unit of time, so the phase $l \Delta \operatorname{Im} A_n$ becomes a large
+# number. float32 keeps only its first seven digits, and the sine needs the last ones. But whole turns change nothing.
+# `unwind` takes them away once, before the multiplication by $l$, and [the
 # appendix](#appendix-b-how-close-to-the-hardware) measures what that saves.
+#
+# </details>
 
 
 # %%
@@ -1058,12 +1062,16 @@ def draw_fades():
 #
 # $$ A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k. \end{cases} \tag{5} $$
 #
+# <details><summary>How HiPPO becomes diagonal</summary>
+#
 # This matrix cannot be diagonalized stably, but it is a normal matrix (one with orthogonal eigenvectors) minus one of
 # rank one, and the normal part can. S4D keeps only the normal part; its paper shows that, with half of HiPPO's $B$,
 # this has the same basis functions in the limit of many states. With $p_n = \sqrt{n + 1/2}$, the matrix
 # $A + p\,p^\top$ is $-\tfrac12 I$ plus an antisymmetric matrix. Its eigenvalues all have real part $-\tfrac12$; their
 # imaginary parts spread from slow to very fast. Only these eigenvalues are taken over here; the read-outs start at
 # random.
+#
+# </details>
 
 
 # %%
@@ -1091,13 +1099,18 @@ def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
 
 
 # %% [markdown]
-# Two closed formulas imitate that spectrum: *lin* with evenly spaced frequencies, *inv* with HiPPO's law that few
-# poles are fast and many are slow. In both, as in the authors' code, $n = 0, \dots, N-1$. (S4D itself means $N/2$
-# poles and their conjugates. Run to $N - 1$, *lin* has no conjugates, and the second half of *inv* consists of slow
-# poles that turn the other way.) As formulas:
+# Two closed formulas imitate that spectrum: *lin* with evenly spaced frequencies, and *inv* with HiPPO's law that few
+# poles are fast and many are slow. With $n = 0, \dots, N-1$, as in the authors' code,
 #
 # $$ A_n^{\text{lin}} = -\tfrac12 + i \pi n, \qquad
 #    A_n^{\text{inv}} = -\tfrac12 + i\, \frac{N}{\pi}\left(\frac{N}{2n+1} - 1\right). \tag{6} $$
+#
+# <details><summary>What S4D itself means by them</summary>
+#
+# $N/2$ poles and their conjugates. Run to $N - 1$, *lin* has no conjugates, and the second half of *inv* consists of slow
+# poles that turn the other way.
+#
+# </details>
 
 
 # %%
@@ -1407,25 +1420,37 @@ def draw_triangles():
 
 
 # %% [markdown]
-# **In blocks.** The matrix grows with $L^2$, so at thousands of tokens it needs help. Look at the picture again and
-# cut each triangle into blocks of $Q$ tokens. On the diagonal stand small Toeplitz matrices, all the same. A block
-# below the diagonal connects tokens of two different blocks, and everything that passes from the one to the other has
-# to fit through the state on the way. The state holds $N$ complex numbers, which are $2N$ real ones, so such a block,
-# of whatever size, has rank $2N$ at most; as long as the poles come in conjugate pairs, as HiPPO's do at the start, at
-# most $N$. Such a matrix is called *semiseparable*. Low rank means two thin products instead of a thick one: write into
-# the state, read from it.
+# ### In blocks, for long texts
 #
-# With $h_c$ the state on entering block $c$,
+# The matrix grows with $L^2$. For thousands of tokens it is cut into blocks, and everything that passes from one block to
+# the next has to fit through the state. The rest of the argument does not need this, so it is folded.
+#
+# <details><summary>How blocks work</summary>
+#
+# Look at the picture again and cut each triangle into blocks of $Q$ tokens. On the diagonal stand small Toeplitz
+# matrices, all the same. A block below the diagonal connects tokens of two different blocks. The state between them holds
+# $N$ complex numbers, which are $2N$ real ones, so such a block, of whatever size, has rank $2N$ at most; as long as the
+# poles come in conjugate pairs, as HiPPO's do at the start, at most $N$. Such a matrix is called *semiseparable*. Low rank
+# means two thin products instead of a thick one: write into the state, read from it. With $h_c$ the state on entering
+# block $c$,
 #
 # $$ y_{cQ+i} = \sum_{j \le i} K_{i-j}\,u_{cQ+j} + \operatorname{Re} \sum_n C_n \bar A_n^{\,i+1} h_{c,n},
 #    \qquad h_{c+1} = \bar A^{\,Q} h_c + \sum_j \bar A^{\,Q-1-j} \bar B\,u_{cQ+j}. \tag{8} $$
 #
-# The first sum is (7) inside a block, the second is what the past left behind. A complex number is a pair of real
-# ones here, so everything is a product of real matrices of width $d$. Backward, the places inside a block and the
-# blocks themselves are counted from the end.
+# The first sum is (7) inside a block, the second is what the past left behind. A complex number is a pair of real ones
+# here, so everything is a product of real matrices of width $d$. Backward, the places inside a block and the blocks
+# themselves are counted from the end. From block to block the state fades and turns, and what each block wrote is added:
+# a recurrence like (2), but with one step for $Q$ tokens. `convolve_blocks` writes, carries, and then convolves and reads
+# side by side, as one product. (How the states are carried is an argument, because [the fast form](#the-same-step-fast)
+# has another way for up to 64<!-- = FEW_BLOCKS --> blocks, a product with a small triangular matrix.)
+#
+# The papers on [state-space duality](https://arxiv.org/abs/2405.21060) split systems that change with time in the same
+# way; ours does not change, so its matrices are the same for every block and every sentence.
+#
+# </details>
 
 
-# %%
+# %% tags=["appendix"]
 def block_products(
     ssm: DiagonalSSM, Q: int, past: bool
 ) -> tuple[Float[Array, "Q Q"], Float[Array, "twoN Q"], Float[Array, "Q twoN"]]:
@@ -1457,12 +1482,6 @@ def block_products(
     )
 
 
-# %% [markdown]
-# From block to block the state fades and turns, and what each block wrote is added: a recurrence like (2), but with
-# one step for $Q$ tokens.
-
-
-# %%
 def carry_states(
     written: Float[AnyArray, "*batch blocks twoN d"],
     rate: Complex[AnyArray, " N"],
@@ -1490,12 +1509,6 @@ def carry_states(
     return jnp.concatenate([h.real, h.imag], axis=-2).astype(written.dtype)
 
 
-# %% [markdown]
-# With that, (8) is: write, carry, and then convolve and read side by side, as one product. (How the states are carried
-# is an argument, because [the fast form](#the-same-step-fast) has another way for few blocks.)
-
-
-# %%
 def convolve_blocks(
     u: Float[AnyArray, "*batch L d"],
     ssm: DiagonalSSM,
@@ -1535,12 +1548,10 @@ def convolve_blocks(
 
 
 # %% [markdown]
-# The work is linear in $L$, and only $Q$ samples of the kernel are ever computed. (The fast form carries the states of
-# up to 64<!-- = FEW_BLOCKS --> blocks by a product with a small triangular matrix, and beyond that by the loop; that is
-# counted here.) The papers on [state-space
-# duality](https://arxiv.org/abs/2405.21060) split systems that change with time in the same way; ours does not
-# change, so its matrices are the same for every block and every sentence. Counted in operations, for one channel and
-# one direction, without the cost of computing the kernel, which all channels and sentences share:
+# ### Which way to take
+#
+# Counted in operations, for one channel and one direction (the cost of the kernel aside, which all channels and sentences
+# share):
 
 
 # %%
@@ -1571,13 +1582,12 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 
 # %% [markdown]
 # The FFT does by far the least, at 4096 tokens 7.8<!-- = convolution_operations("blocks", 4096) /
-# convolution_operations("fft", 4096) --> times less than blocks. But an operation inside a matrix product costs a
-# fraction of one outside. And at $d = 1024$ the dense layers around it, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 *
-# 2 * 1024 --> operations for each channel and token, far more than any of these but the full matrix at long lengths. So
-# a good algorithm is one that is made of matrix products and touches memory rarely. Here is the time to train one
-# layer, relative to a layer whose tokens do not mix at all (*no routing*); under *attention* the whole layer is BERT's.
-# It was measured on two CPU cores and estimated by the TPU's own compiler ([the
-# appendix](#appendix-b-how-close-to-the-hardware) has both):
+# convolution_operations("fft", 4096) --> times less than blocks. But an operation inside a matrix product costs a fraction
+# of one outside. And at $d = 1024$ the dense layers around it, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 * 2 * 1024
+# --> operations for each channel and token, far more than any of these but the full matrix at long lengths. So a good
+# algorithm is one that is made of matrix products. Here is the time to train one layer, relative to a layer whose tokens
+# do not mix at all (*no routing*); under *attention* the whole layer is BERT's. It was measured on two CPU cores and
+# estimated by the TPU's own compiler ([the appendix](#appendix-b-how-close-to-the-hardware) has both):
 
 
 # %%
@@ -2736,9 +2746,13 @@ RIVALS = {
 }
 
 # %% [markdown]
+# <details><summary>Their counts</summary>
+#
 # The gated model with attention has 346,302,266<!-- = parameters(RIVALS["gated, attention"]) --> parameters, the
 # stacked model with SSMs 334,793,626<!-- = parameters(RIVALS["stacked, SSM"]) -->, and BERT 334,781,242<!-- =
 # parameters(bert) -->; the last two differ by the 516 numbers of two SSMs in each of 24 layers.
+#
+# </details>
 #
 # And operations? A dense layer costs two operations a weight and token. A convolution adds, for each channel
 # and each of the two directions, `convolution_operations` of [section 5](#5-convolution-four-ways); attention
@@ -4217,11 +4231,15 @@ def configured(config: Config, recipe: Recipe) -> Config:
 
 
 # %% [markdown]
+# <details><summary>The paper's longer runs, and its way in small</summary>
+#
 # The paper's three lengths of training are given in tokens: 11, 29 and 97 billion. Our recipes `short`, `medium` and
 # `full` derive their steps from them, with the batch of the documented run; that the authors took the same batch is
 # not known. By the paper's appendix A.1 they went on for 10,000 steps with texts of 512, 53,248 tokens a batch, half a
 # billion in all, and `longer` is that. (Yet their published model for 512 is said to have read 108 billion tokens,
 # eleven more than `full`; how it was trained is not known.) `twin` is their way on two CPU cores, hours long.
+#
+# </details>
 #
 # `annotated` is ours, and made for small models: where both were run once, it needed a third of the tokens of `twin`
 # for the same loss ([measured](#what-lets-a-small-model-learn)). It masks 30 % of the words in place of 15 %. It leaves
@@ -6361,11 +6379,40 @@ def draw_kernels():
 # The `tiny` model, trained for minutes on documentation strings, has not come so far. Where one of its rows correlates
 # with step 0, the row shows how it was drawn, not what it has learned.
 #
+# ### What moves a kernel
+#
 # How do kernels get where they are? Each has a few handles: its step size, which stretches it as a whole, its poles,
-# and its read-outs. Of the model in the box the checkpoints on the way are not kept; of two runs of its six-layer
-# sibling they are. One is the *twin*, trained the way the published model was, SSMs decayed like everything else. The
-# other went by our recipe `annotated`, in which they are not. (It differs in more: optimizer, rates, masks, and less
-# than half the tokens.)
+# and its read-outs. In the two runs that we can follow, step sizes moved in the one where weight decay reaches them and
+# hardly in the other; frequencies stayed where HiPPO put them; what is learned is how fast each fades, and how much of
+# each is read.
+#
+# <details><summary>How we know</summary>
+#
+# Of the model in the box the checkpoints on the way are not kept; of two runs of its six-layer sibling they are. One is
+# the *twin*, trained the way the published model was, SSMs decayed like everything else. The other went by our recipe
+# `annotated`, in which they are not. (It differs in more: optimizer, rates, masks, and less than half the tokens.)
+#
+# The twin's step sizes all grew,<!-- if (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0]).all() --> one of
+# them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. That looks like
+# learning, but most of it can be decay, which draws `log_step` towards 0, a step of one. Over all steps, with the rates
+# $\eta_t$ of the schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$,
+# here 0.65<!-- = np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the twin's
+# smallest step from 0.014<!-- = way("twin")["step_sizes"][0].min() --> to 0.063<!-- =
+# way("twin")["step_sizes"][0].min() ** 0.645 -->; it arrived at 0.057<!-- = way("twin")["step_sizes"][-1].min() -->. Of
+# the twelve step sizes three<!-- = (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0] ** 0.645).sum() -->
+# grew by more than decay alone would make them. In the other run, without decay, no step size moves by more than 18<!--
+# = 100 * abs(np.log(way("annotated")["step_sizes"][-1] / way("annotated")["step_sizes"][0])).max() --> %. That fits
+# decay as the cause; but the runs differ in more, and it was not tried by itself.
+#
+# Poles move less than they could. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400 *
+# (0.05 / 2 + 0.95 * 0.51) --> in that run. The real parts, all $-\tfrac12$ at the start, ended between -2.1<!-- =
+# way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->, so that
+# some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
+# way("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
+# abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->. HiPPO's frequencies stay; what
+# is learned is how fast each fades, and how much of each is read.
+#
+# </details>
 
 
 # %% tags=["appendix"]
@@ -6406,26 +6453,6 @@ def draw_movement():
 
 
 # %% [markdown]
-# The twin's step sizes all grew,<!-- if (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0]).all() --> one of
-# them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. That looks like
-# learning, but most of it can be decay, which draws `log_step` towards 0, a step of one. Over all steps, with the rates
-# $\eta_t$ of the schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$,
-# here 0.65<!-- = np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the twin's
-# smallest step from 0.014<!-- = way("twin")["step_sizes"][0].min() --> to 0.063<!-- =
-# way("twin")["step_sizes"][0].min() ** 0.645 -->; it arrived at 0.057<!-- = way("twin")["step_sizes"][-1].min() -->. Of
-# the twelve step sizes three<!-- = (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0] ** 0.645).sum() -->
-# grew by more than decay alone would make them. In the other run, without decay, no step size moves by more than 18<!--
-# = 100 * abs(np.log(way("annotated")["step_sizes"][-1] / way("annotated")["step_sizes"][0])).max() --> %. So much for
-# decay as the cause; what else differs between the two runs was not tried by itself.
-#
-# Poles move less than they could. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400 *
-# (0.05 / 2 + 0.95 * 0.51) --> in that run. The real parts, all $-\tfrac12$ at the start, ended between -2.1<!-- =
-# way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->, so that
-# some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
-# way("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
-# abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->. HiPPO's frequencies stay; what
-# is learned is how fast each fades, and how much of each is read.
-#
 # ### What a kernel is worth
 #
 # A kernel shows where a layer looks, not whether it matters; the same holds for an attention map. To find out,
