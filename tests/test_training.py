@@ -426,7 +426,7 @@ def test_every_change_of_the_published_way_gives_the_same_loss():
     recipe = replace(small.RECIPE, batch=2)
     found = benchmark.factor_speeds(config, recipe, repeats=2)
 
-    assert len(found) == 2 + 2 * len(benchmark.WAYS)
+    assert len(found) == 4 + 2 * len(benchmark.WAYS)
     ours = found["ours"]["loss"]
     for step in found.values():
         assert step["loss"] == pytest.approx(ours, rel=1e-4)

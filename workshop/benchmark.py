@@ -2,7 +2,10 @@
 the published way beside ours.
 """
 
+import contextlib
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -274,12 +277,22 @@ def loss_by(
 
 
 def step_by(ways: Iterable[str], recipe: bigs.Recipe) -> Callable:
-    """The training step with these of the published ways."""
+    """The training step with these of the published ways; or with "layers in a loop",
+    or the "plain" one of the story.
+    """
     from unittest import mock
 
+    if "plain" in ways:
+        return bigs.make_step(recipe, bigs.batch_loss)
+
     def loss(model, batch, key):
-        way = nnx.Linear.__call__ if "3-D dense layers" in ways else bigs.dense
-        with mock.patch.object(bigs, "dense", way):  # while it is traced
+        with contextlib.ExitStack() as while_it_is_traced:
+            if "3-D dense layers" in ways:
+                patch = mock.patch.object(bigs, "dense", nnx.Linear.__call__)
+                while_it_is_traced.enter_context(patch)
+            if "layers in a loop" in ways:
+                patch = mock.patch.object(bigs, "unrolled", lambda layers: False)
+                while_it_is_traced.enter_context(patch)
             return loss_by(ways, model, batch, key)
 
     return bigs.make_step(recipe, loss)
@@ -289,11 +302,12 @@ def factor_speeds(
     config: bigs.Config, recipe: bigs.Recipe, repeats: int = 3
 ) -> dict[str, dict[str, float]]:
     """Steps by the published way, with each change alone, without each change alone,
-    and ours; medians of rounds.
+    and ours; the plain way, and ours with layers in a loop. Medians of rounds.
     """
-    kinds = {"the published way": WAYS, "ours": ()}
+    kinds = {"the published way": WAYS, "the plain way": ("plain",), "ours": ()}
     kinds |= {f"only {way} changed": tuple(w for w in WAYS if w != way) for way in WAYS}
     kinds |= {f"all but {way} changed": (way,) for way in WAYS}
+    kinds["ours, layers in a loop"] = ("layers in a loop",)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
     rows = bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
@@ -329,3 +343,51 @@ def factor_speeds(
         }
         for kind in kinds
     }
+
+
+STEPS = """
+import annotated_bigs as bigs
+from workshop import benchmark
+if {kept}:
+    bigs.keep_memory()
+config = bigs.replace(bigs.SIZES[{size!r}], vocab_size={words})
+print(benchmark.step_seconds(config, bigs.Recipe(batch={batch})))
+"""
+
+
+def step_seconds(config: bigs.Config, recipe: bigs.Recipe, steps: int = 8) -> float:
+    """Median seconds of a fast step, after two that are not counted.
+
+    >>> step_seconds(bigs.Config(50, 8, 1, 24, num_ssm=4), bigs.Recipe(batch=2)) > 0
+    True
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
+    rows = bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
+    state = bigs.fresh_state(config, recipe)
+    step = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
+    times = []
+    for number in range(2 + steps):
+        batch = bigs.batch_at(rows, recipe.batch, 0, number)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def kept_memory_speed(
+    size: str, words: int, batch: int, repeats: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of a step in processes with `keep_memory` and without, in turns."""
+    found: dict[str, list[float]] = {"kept": [], "returned": []}
+    for _, kind in itertools.product(range(repeats), found):
+        code = STEPS.format(kept=kind == "kept", size=size, words=words, batch=batch)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=bigs.HERE,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[kind].append(float(done.stdout.split()[-1]))
+    return found

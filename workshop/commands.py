@@ -815,12 +815,18 @@ def command_benchmark(
             "size": size,
             "batch": recipe.batch,
             "steps": benchmark.factor_speeds(config, recipe, repeats),
+            "memory": benchmark.kept_memory_speed(
+                size, config.vocab_size, recipe.batch, repeats
+            ),
         }
         for kind, found in results["steps"].items():
             print(
                 f"{kind:42s}{found['speed']:6.2f} x"
                 f" {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}"
             )
+        for kind, seconds in results["memory"].items():
+            times = ", ".join(f"{value:.3f}" for value in seconds)
+            print(f"memory {kind}: {times} s")
     elif tpu is not None:
         results = {
             "rows": layers_on_tpu(tpu, lengths),
