@@ -2238,28 +2238,29 @@ def draw_flow(ax, boxes, arrows):
     >>> len(ax.texts) >= len(STACK_BOXES)
     True
     """
-    places = {name: place for name, _, place, _ in boxes}
-    widths = {name: 0.07 * len(label) for name, label, *_ in boxes}
-    for start, end, flow in arrows:
-        (x0, y0), (x1, y1) = places[start], places[end]
-        if (start, end) in RESIDUAL:
-            side = RESIDUAL[start, end]
-            ax.plot([x0 - 0.3, side, side], [y0, y0, y1], color=INK, lw=0.8, zorder=0)
-            x0, y0 = side, y1
-            x1 -= widths[end]
-        ax.annotate(
-            "",
-            (x1, y1),
-            (x0, y0),
-            arrowprops=dict(arrowstyle="->", color=INK, shrinkA=0, shrinkB=9, lw=0.8),
-            zorder=0,
-        )
-        ax.text((x0 + x1) / 2 + 0.15, (y0 + y1) / 2, flow, fontsize=9, va="center")
-    for _, label, place, color in boxes:
-        style = dict(boxstyle="round", facecolor=color, edgecolor=INK, lw=0.7)
-        ax.text(*place, label, ha="center", va="center", fontsize=9, bbox=style)
     ax.set(xlim=(-3.6, 3.3), ylim=(-0.5, 9.8))
     ax.axis("off")
+    drawn = {}
+    for name, label, place, color in boxes:
+        style = dict(boxstyle="round", facecolor=color, edgecolor=INK, lw=0.7)
+        drawn[name] = ax.text(
+            *place, label, ha="center", va="center", fontsize=9, bbox=style
+        )
+    places = {name: place for name, _, place, _ in boxes}
+    for start, end, flow in arrows:
+        (x0, y0), (x1, y1) = places[start], places[end]
+        style = dict(arrowstyle="->", color=INK, lw=0.8, shrinkA=0, shrinkB=1)
+        style["patchB"] = drawn[end].get_bbox_patch()
+        if (start, end) in RESIDUAL:
+            side = RESIDUAL[start, end]
+            leaves = y0 + 0.15  # above what comes in from the side
+            ax.plot([x0, side, side], [leaves, leaves, y1], color=INK, lw=0.8, zorder=0)
+            x0, y0 = side, y1
+        else:
+            style["patchA"] = drawn[start].get_bbox_patch()
+        # After the boxes, whose borders the arrows end at.
+        ax.annotate("", (x1, y1), (x0, y0), arrowprops=style, zorder=4)
+        ax.text((x0 + x1) / 2 + 0.15, (y0 + y1) / 2, flow, fontsize=9, va="center")
 
 
 @figure(
@@ -6630,6 +6631,7 @@ def draw_pairs(
             title=f"layer {layer}, {('forward', 'backward')[direction]}: {change:.1%}",
             xlabel="relative position",
         )
+    axes[0, 0].set_ylabel("share of the peak")
     return drawing
 
 
