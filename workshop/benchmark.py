@@ -345,16 +345,6 @@ def factor_speeds(
     }
 
 
-STEPS = """
-import annotated_bigs as bigs
-from workshop import benchmark
-if {kept}:
-    bigs.keep_memory()
-config = bigs.replace(bigs.SIZES[{size!r}], vocab_size={words})
-print(benchmark.step_seconds(config, bigs.Recipe(batch={batch})))
-"""
-
-
 def step_seconds(config: bigs.Config, recipe: bigs.Recipe, steps: int = 8) -> float:
     """Median seconds of a fast step, after two that are not counted.
 
@@ -375,19 +365,49 @@ def step_seconds(config: bigs.Config, recipe: bigs.Recipe, steps: int = 8) -> fl
     return float(np.median(times[2:]))
 
 
-def kept_memory_speed(
-    size: str, words: int, batch: int, repeats: int = 3
-) -> dict[str, list[float]]:
-    """Seconds of a step in processes with `keep_memory` and without, in turns."""
-    found: dict[str, list[float]] = {"kept": [], "returned": []}
-    for _, kind in itertools.product(range(repeats), found):
-        code = STEPS.format(kept=kind == "kept", size=size, words=words, batch=batch)
+STEP = """
+import annotated_bigs as bigs
+from workshop import benchmark
+if {keep}:
+    bigs.keep_memory()
+recipe = {recipe}
+config = bigs.configured(bigs.SIZES[{size!r}], recipe)
+print(benchmark.step_seconds(config, recipe))
+"""
+
+
+def seconds_in_turns(codes: dict[str, str], repeats: int) -> dict[str, list[float]]:
+    """What processes print that run one program each, in turns.
+
+    >>> seconds_in_turns({"one": "print(1)", "two": "print(2)"}, 2)
+    {'one': [1.0, 1.0], 'two': [2.0, 2.0]}
+    """
+    found: dict[str, list[float]] = {kind: [] for kind in codes}
+    for _, (kind, code) in itertools.product(range(repeats), codes.items()):
+        command = [sys.executable, "-c", code]
         done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=bigs.HERE,
-            capture_output=True,
-            text=True,
-            check=True,
+            command, cwd=bigs.HERE, capture_output=True, text=True, check=True
         )
         found[kind].append(float(done.stdout.split()[-1]))
     return found
+
+
+def kept_memory_speed(size: str, batch: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a step in processes with `keep_memory` and without."""
+    recipe = f"bigs.Recipe(batch={batch})"
+    codes = {
+        kind: STEP.format(keep=kind == "kept", recipe=recipe, size=size)
+        for kind in ("kept", "returned")
+    }
+    return seconds_in_turns(codes, repeats)
+
+
+def recipe_speeds(
+    size: str, recipes: tuple[str, ...], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of a step of some recipes."""
+    codes = {
+        name: STEP.format(keep=True, recipe=f"bigs.RECIPES[{name!r}]", size=size)
+        for name in recipes
+    }
+    return seconds_in_turns(codes, repeats)

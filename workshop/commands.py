@@ -777,6 +777,42 @@ def command_finetune(
         bigs.keep_results(json, **found)
 
 
+def print_seconds(what: str, seconds: dict[str, list[float]]) -> None:
+    """A line for each kind.
+
+    >>> print_seconds("recipe", {"twin": [0.25, 0.3]})
+    recipe twin: 0.250, 0.300 s
+    """
+    for kind, values in seconds.items():
+        print(f"{what} {kind}: {', '.join(f'{value:.3f}' for value in values)} s")
+
+
+def published_and_ours(size: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """What `benchmark --published` measures, printed too."""
+    recipe = bigs.Recipe(batch=max(1, tokens // 128))
+    steps = benchmark.factor_speeds(bigs.SIZES[size], recipe, repeats)
+    for kind, found in steps.items():
+        print(
+            f"{kind:42s}{found['speed']:6.2f} x"
+            f" {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}"
+        )
+    memory = benchmark.kept_memory_speed(size, recipe.batch, repeats)
+    print_seconds("memory", memory)
+    return {"size": size, "batch": recipe.batch, "steps": steps, "memory": memory}
+
+
+def on_tpu(tpu: str, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What `benchmark --tpu` measures, printed too."""
+    results = {"rows": layers_on_tpu(tpu, lengths), "memory": steps_on_tpu(tpu)}
+    for row in results["memory"]:
+        fits = "does not fit"
+        if row["gigabytes"] is not None:
+            fits = f"{row['gigabytes']:6.2f} of {row['available']:.0f} GB"
+        print(f"{row['what']:32s}{fits}")
+    benchmark.print_benchmark(results["rows"])
+    return results
+
+
 def command_benchmark(
     size: str = "tiny",
     lengths: tuple[int, ...] = (),
@@ -786,6 +822,7 @@ def command_benchmark(
     json: Path | None = None,
     tpu: str | None = None,
     published: bool = False,
+    recipes: tuple[str, ...] = (),
 ) -> None:
     """Time no routing, FFT, Toeplitz, blocks and attention on this device, or estimate
     them for a TPU.
@@ -802,7 +839,10 @@ def command_benchmark(
             (needs the package libtpu).
         published: time a pretraining step the published way and ours instead, and what
             each change gains.
+        recipes: time a pretraining step of each of these instead, in turns.
     """
+    for name in recipes:
+        bigs.choose(bigs.RECIPES, "recipes", name)
     config = bigs.choose(bigs.SIZES, "size", size)
     lengths = lengths or tuple(2**k for k in range(7, 14))
     for kind in kinds:
@@ -810,47 +850,19 @@ def command_benchmark(
     if min(*lengths, tokens, repeats) < 1:
         raise bigs.UserError("lengths, tokens, repeats: must be at least 1")
     if published:
-        recipe = bigs.Recipe(batch=max(1, tokens // 128))
-        results = {
-            "size": size,
-            "batch": recipe.batch,
-            "steps": benchmark.factor_speeds(config, recipe, repeats),
-            "memory": benchmark.kept_memory_speed(
-                size, config.vocab_size, recipe.batch, repeats
-            ),
-        }
-        for kind, found in results["steps"].items():
-            print(
-                f"{kind:42s}{found['speed']:6.2f} x"
-                f" {found['tokens_per_second']:8,.0f}/s, loss {found['loss']:.4f}"
-            )
-        for kind, seconds in results["memory"].items():
-            times = ", ".join(f"{value:.3f}" for value in seconds)
-            print(f"memory {kind}: {times} s")
+        results = published_and_ours(size, tokens, repeats)
+    elif recipes:
+        seconds = benchmark.recipe_speeds(size, recipes, repeats)
+        results = {"size": size, "seconds": seconds}
+        print_seconds("recipe", seconds)
     elif tpu is not None:
-        results = {
-            "rows": layers_on_tpu(tpu, lengths),
-            "memory": steps_on_tpu(tpu),
-        }
-        for row in results["memory"]:
-            print(
-                f"{row['what']:32s}"
-                + (
-                    "does not fit"
-                    if row["gigabytes"] is None
-                    else f"{row['gigabytes']:6.2f} of {row['available']:.0f} GB"
-                )
-            )
+        results = on_tpu(tpu, lengths)
     else:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        results = {
-            "size": size,
-            "rows": benchmark.benchmark(
-                replace(config, dtype=dtype), lengths, tokens, repeats, kinds
-            ),
-        }
-    if not published:
-        benchmark.print_benchmark(results["rows"])
+        config = replace(config, dtype=dtype)
+        rows = benchmark.benchmark(config, lengths, tokens, repeats, kinds)
+        results = {"size": size, "rows": rows}
+        benchmark.print_benchmark(rows)
     if json is not None:
         bigs.keep_results(json, **results)
 
