@@ -9,12 +9,12 @@
 # itself with all others and reads from those that match. In the model of this document, the *Bidirectional Gated State
 # space model* (BiGS), nothing is matched. Each of its layers slides one fixed curve over the sentence from the left and
 # another from the right, and multiplies the two results: every word on the left meets every word on the right, but how
-# much a pair counts depends on distance alone. Each layer learns its two curves in pretraining, and they are the same
-# for every sentence and every channel. The authors report that this is enough: pretrained on 97 billion tokens, BiGS
-# reaches the average score of BERT-Large on the GLUE test set ([section 16](#16-results)).
+# much a pair counts depends on their distances alone. Each layer learns its two curves in pretraining, and they are the
+# same for every sentence and every channel. The authors report that this is enough: pretrained on 97 billion tokens,
+# BiGS reaches the average score of BERT-Large on the GLUE test set ([section 16](#16-results)).
 #
-# This is the model that comes with this document, with 5.5<!-- = parameters(boxed) / 1e6 --> million parameters, at
-# three sentences:
+# Here is what the model that comes with this document, with 5.5<!-- = parameters(boxed) / 1e6 --> million parameters,
+# fills in:
 #
 # | sentence | the likeliest words |
 # |---|---|
@@ -23,12 +23,12 @@
 # | The capital of France is [MASK]. | there 13<!-- = guessed("there", SAYINGS[0]) --> %, here 7<!-- = guessed("here", SAYINGS[0]) --> %, paris 3<!-- = guessed("paris", SAYINGS[0]) --> % |
 #
 # Two are right. In the third it offers adverbs of place before any city: so small a model knows more about the form of
-# sentences than about facts. What it knows about word order is in its curves, two a layer, and in a learned table of
+# sentences than about facts. What it knows about word order is in its curves, two per layer, and in a learned table of
 # positions, as BERT has it, which is added once at the input. So the curves can be drawn, and taken away one at a time.
 # Without the one by which the top layer reads the preceding word, the model loses 0.69<!-- =
 # boxed_reading()["losses"]["enwiki-valid.jsonl.xz"]["layer 7, forward"] -
-# boxed_reading()["losses"]["enwiki-valid.jsonl.xz"]["nothing"] --> nats a word on Wikipedia: on average (a geometric
-# one) the right word gets half of its former probability.
+# boxed_reading()["losses"]["enwiki-valid.jsonl.xz"]["nothing"] --> nats per word on Wikipedia: the right word's
+# probability is halved, in the geometric mean.
 #
 # ![Two columns of small filled step plots, one row a layer: kernels at step 0 on the left, after pretraining on the right, over relative positions -10 to 10](figures/kernels.png)
 #
@@ -39,9 +39,10 @@
 # %% [markdown]
 # ## 0. How to read this
 #
-# You need matrices, complex numbers, and to have trained a neural network once; state spaces are built up from nothing.
-# The sections build on each other; the code of a section uses no name of a later one. The sections in bold carry the
-# argument and take about an hour; the others are for reference. Minutes are for reading, without the exercises.
+# You need to know matrices and complex numbers, and to have trained a neural network once; state spaces are built up
+# from nothing. The sections build on each other; the code of a section uses no name of a later one. The sections in
+# bold carry the argument and take about an hour; the others are for reference. Minutes are for reading, without the
+# exercises.
 #
 # | section | minutes | what you have afterwards |
 # |---|---|---|
@@ -50,9 +51,9 @@
 # | [**3 State spaces**](#3-state-spaces) | 7 | a memory of a few numbers, from a differential equation to a recurrence |
 # | [**4 Diagonal state spaces**](#4-diagonal-state-spaces) | 7 | the curve that a layer slides over a sentence, as a sum of fades |
 # | [**5 Convolution four ways**](#5-convolution-four-ways) | 7 | how to slide it, forward and backward, slowly and fast |
-# | [**6 Gating**](#6-gating) | 9 | the layer, equation (9) line by line, and its rivals |
+# | [**6 Gating**](#6-gating) | 9 | the layer, equation (9) line by line, and its alternatives |
 # | [**7 The encoder and its heads**](#7-the-encoder-and-its-heads) | 6 | the model, and what it costs |
-# | [8 The published weights](#8-the-published-weights) | 6 | theirs loaded, ours filling masks |
+# | [8 The published weights](#8-the-published-weights) | 6 | their format, and our model filling masks |
 # | [9 From text to masked batches](#9-from-text-to-masked-batches) | 7 | rows of tokens with holes |
 # | [**10 Loss, schedule, optimizer**](#10-loss-schedule-optimizer) | 5 | recipes, the authors' and ours |
 # | [11 One step on many chips](#11-one-step-on-many-chips) | 6 | devices, and the same step made fast |
@@ -66,16 +67,14 @@
 #
 # | where | what it does | time |
 # |---|---|---|
-# | any laptop, `python annotated_bigs.py` | everything below with a `tiny` model, offline | five to fifteen minutes on two cores; the last cell prints how many |
+# | any laptop, `python annotated_bigs.py` | everything below with a `tiny` model, offline | five to fifteen minutes on two cores; the last cell prints the time taken |
 # | Colab, TPU v5e | the same, and [a `base` model on Wikipedia](#on-a-tpu-or-gpu) | planned for a quarter of an hour more; not run yet |
 # | a TPU v3-8 | the documented recipe on a corpus of yours, `python annotated_bigs.py pretrain --size large --corpus my_texts/ --vocabulary bert-large-uncased --output runs/large` | the authors' code takes about three days, by [their account](https://github.com/jxiw/BiGS/blob/main/pretrain.md); ours was not run |
 #
-# Three conventions. Numbers that come out of the program or of `data/` carry their expression in a comment that you do
-# not see, and a test evaluates it; in exercises the expression is shown, `parameters(large) == 346314134`. A function
-# that computes carries a small proof in its docstring, run
-# by `pytest --doctest-modules`; what takes too long for that is run in `tests/`. And where paper, published
-# code and this program part ways, the text says so on the spot. Quotation marks hold the paper's words; all
-# else is ours.
+# Three conventions. Numbers in the text are checked by a test; in exercises the expression is shown, `parameters(large)
+# == 346314134`. A function that computes carries a small test in its docstring, run by `pytest --doctest-modules`; what
+# takes too long for that is in `tests/`. And where paper, published code and this program differ, the text says so on
+# the spot. Quotation marks hold the paper's words; all else is ours.
 #
 # The first cell prepares Colab. Anywhere else it does nothing.
 
@@ -631,9 +630,10 @@ def show_sentence():
 # 1.5.
 #
 # BiGS does this with hundreds of learned channels, two learned curves in each layer, and many layers, each of which
-# reads the output of the one below. What it cannot learn is to look elsewhere when the words are others. *Not* counts
-# for *often* because it stands next to it; whatever the words, the neighbour counts fully and the next but one half. It
-# cannot look up, for instance, where a name has occurred before, at a distance that nobody can know in advance.
+# reads the output of the one below. What it cannot learn is to look elsewhere when the words are different. *Not*
+# counts for *often* because it stands next to it; whatever the words, a neighbour counts fully and the word after it
+# half. No layer can look up, for instance, where a name has occurred before, at a distance that nobody can know in
+# advance; what is known about stacks of such layers is in [section 16](#related-work-since).
 #
 # From here on we write it in letters. Mathematics keeps the paper's; the code spells them in ASCII.
 #
@@ -650,7 +650,7 @@ def show_sentence():
 # | $K$ | kernel: what one token leaves behind, by age | $(L)$ | `K` |
 # | $T$ | the kernel as a matrix, $T_{ij} = K_{i-j}$ for $j \le i$, else 0 | $(L, L)$ | `T` |
 # | $W_v, W_f, W_b, W_{u_1}, W_{u_2}, W_u, W_o$ | dense layers of a BiGS layer | from $d$ or $3d$ channels to $d$ or $3d$ | `W_v` ... `W_o` |
-# | $X,\ V,\ U_1,\ U_2,\ U,\ O$ | input, branches and output of a BiGS layer | $(L, d)$; $V$ and $U$ $(L, 3d)$ | `h`, `U` |
+# | $X,\ V,\ U_1,\ U_2,\ U,\ O$ | normed input, branches and output of a BiGS layer | $(L, d)$; $V$ and $U$ $(L, 3d)$ | `h`, `U` |
 #
 # One sequence of shape $(L, d)$ comes first. The batch enters in [section 6](#6-gating), as one more axis before these:
 # $(\text{batch}, L, d)$.
@@ -747,9 +747,9 @@ def discretize_bilinear(
 
 
 # %% [markdown]
-# With either pair, running the state space is a loop: evolve, write, read. All $d$ channels of a token go
-# through the same $\bar A, \bar B, C$, each with a state of its own. The pass-through $D$ waits until
-# [section 5](#5-convolution-four-ways); the real part is for the complex states of the next section.
+# With either pair, running the state space is a loop: evolve, write, read. All $d$ channels of a token go through the
+# same $\bar A, \bar B, C$, each with a state of its own. The pass-through $D$ waits until [section
+# 5](#5-convolution-four-ways); the `.real` in the code is for the complex states of the next section.
 
 
 # %%
@@ -788,7 +788,7 @@ def ssm_scan(
 
 # %% [markdown]
 # Which rule is right? We have chosen to hold the input constant during a token. Under that choice the zero-order hold
-# is exact: only rounding remains, however long the step. The bilinear rule errs by $\Delta^3$ in a step.
+# is exact: only rounding remains, however long the step. The bilinear rule errs in proportion to $\Delta^3$ in a step.
 #
 # Watch both on a weight on a spring, of stiffness 4 and friction 0.6, which a constant input of 1 pulls to the place 1.
 # Its exact path comes from the eigenvectors of $A$: an eigenmode with eigenvalue $a$ responds to a unit input, from
@@ -899,19 +899,19 @@ def draw_discretization():
 # %% [markdown]
 # ## 4. Diagonal state spaces
 #
-# What can a state remember if its parts never mix? If $A = M \Lambda M^{-1}$ with a diagonal $\Lambda$, the state
-# $M^{-1} x$ obeys (1) with $\Lambda$, $M^{-1} B$ and $C M$, and gives the same output. The entries $A_n$ of $\Lambda$
-# are complex in general. The $N$ components then evolve independently: each is multiplied by $e^{\Delta A_n}$ at every
-# token, which shrinks it (by the real part of $A_n$) and turns it in the complex plane (by the imaginary part). Each
-# component can only fade (decay) and turn (rotate).
+# A full matrix $A$ costs $N^2$ operations per step and channel. If it can be diagonalized, $A = M \Lambda M^{-1}$ with
+# a diagonal $\Lambda$, the state $M^{-1} x$ obeys (1) with $\Lambda$, $M^{-1} B$ and $C M$, and gives the same output.
+# The entries $A_n$ of $\Lambda$ are complex in general. The $N$ components then evolve independently: each is
+# multiplied by $e^{\Delta A_n}$ at every token, which shrinks it (by the negative real part of $A_n$) and turns it in
+# the complex plane (by the imaginary part). Each component can only fade (decay) and turn (rotate).
 #
 # S4D, the diagonal form of the structured state space model S4, starts from such an $A$, and BiGS builds on it. The
 # largest change is that S4D gives every channel an SSM of its own, while in BiGS all channels of a layer and direction
-# share one. The dense layers before and after it still mix channels, but all of them then fade alike; in exchange the
-# whole convolution is one small matrix for everybody. Smaller changes follow below. The numbers $A_n$ are its *poles*.
-# $B$ is fixed to ones, because only the products $C_n B_n$ reach the output; $\bar B_n$ still depends on pole and step.
-# Parts and read-outs are complex; the output is the real part. An SSM is then four things: poles, read-out, step, and
-# $D$.
+# share one. The dense layers before and after it still mix channels, but all of them then share one kernel; in exchange
+# the whole convolution is one small matrix, the same for all channels. Smaller changes follow below. The numbers $A_n$
+# are called the *poles* of the SSM. $B$ is fixed to ones, because only the products $C_n B_n$ reach the output; $\bar
+# B_n$ still depends on pole and step. The components of the state and the read-outs are complex; the output is the real
+# part. An SSM is then four things: poles, read-out, step, and $D$.
 
 
 # %%
@@ -1055,21 +1055,22 @@ def draw_fades():
 # %% [markdown]
 # ### Where the poles start
 #
-# Which rates should an untrained memory have? HiPPO answers with an optimal one: the state that stores, at every
-# moment, the best polynomial approximation of all the past. In HiPPO's derivation the matrix is divided by the time
-# that has passed. S4 and its successors drop that factor, which makes the memory fade exponentially. The matrix (the
-# variant called LegS) is
+# Which rates should an untrained memory have? HiPPO, a theory of memory by polynomials, derives an optimal one: the
+# state that stores, at every moment, the best polynomial approximation of all the past. In HiPPO's derivation the
+# matrix is divided by the time that has passed. S4 and its successors drop that factor, which makes the memory fade
+# exponentially. The matrix (the variant called LegS) is
 #
 # $$ A_{nk} = -\begin{cases} \sqrt{(2n+1)(2k+1)} & n > k \\ n + 1 & n = k \\ 0 & n < k. \end{cases} \tag{5} $$
 #
-# <details><summary>How HiPPO becomes diagonal</summary>
+# This matrix cannot be diagonalized stably. S4D keeps only its *normal* part, which is (5) with a matrix of rank one added.
+# The eigenvalues of that all have real part $-\tfrac12$; their imaginary parts spread from slow to very fast, up to
+# 1,303<!-- = s4d_hippo(64).imag.max() --> for $N = 64$. These are our poles; the read-outs start at random.
 #
-# This matrix cannot be diagonalized stably, but it is a normal matrix (one with orthogonal eigenvectors) minus one of
-# rank one, and the normal part can. S4D keeps only the normal part; its paper shows that, with half of HiPPO's $B$,
-# this has the same basis functions in the limit of many states. With $p_n = \sqrt{n + 1/2}$, the matrix
-# $A + p\,p^\top$ is $-\tfrac12 I$ plus an antisymmetric matrix. Its eigenvalues all have real part $-\tfrac12$; their
-# imaginary parts spread from slow to very fast. Only these eigenvalues are taken over here; the read-outs start at
-# random.
+# <details><summary>Why the normal part</summary>
+#
+# A normal matrix has orthogonal eigenvectors, so its diagonalization is stable. With $p_n = \sqrt{n + 1/2}$, the matrix
+# $A + p\,p^\top$ is $-\tfrac12 I$ plus an antisymmetric matrix, which is normal. S4D's paper shows that, with half of
+# HiPPO's $B$, this has the same basis functions in the limit of many states.
 #
 # </details>
 
@@ -1099,7 +1100,7 @@ def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
 
 
 # %% [markdown]
-# Two closed formulas imitate that spectrum: *lin* with evenly spaced frequencies, and *inv* with HiPPO's law that few
+# Two closed formulas imitate this spectrum: *lin* with evenly spaced frequencies, and *inv* with HiPPO's law that few
 # poles are fast and many are slow. With $n = 0, \dots, N-1$, as in the authors' code,
 #
 # $$ A_n^{\text{lin}} = -\tfrac12 + i \pi n, \qquad
@@ -1143,11 +1144,11 @@ SCALINGS = {
 # of the step, which keeps the step positive. The authors keep $\operatorname{Re} A_n \le -10^{-4}$ by clipping, so that
 # no state can grow (where the clip is active, the real part gets no gradient; S4D avoids this by writing it as $-e^a$),
 # draw $\Delta$ log-uniformly between 0.01 and 1, and start $C$ from a complex normal of variance one. These steps are
-# ten times those of S4D: at $\Delta = 1$ most of HiPPO's 64 poles turn by more than half a circle in a token, 56<!-- =
-# (abs(s4d_hippo(64).imag) > np.pi).sum() --> of them, and sampled once per token they alias: they look like slower
-# ones. The authors do not pair each pole with its conjugate; taking the real part of the sum in (4) is enough. Two real
-# numbers for each pole, two for each read-out, $D$ and the step: one direction of one layer has 4 · 64 + 2 = 258<!-- =
-# 4 * 64 + 2 --> parameters.
+# ten times those of S4D. At $\Delta = 1$, 56<!-- = (abs(s4d_hippo(64).imag) > np.pi).sum() --> of HiPPO's 64 poles turn
+# by more than half a circle in a token; sampled once per token they alias, that is, they look like slower ones. The
+# poles are not tied in conjugate pairs, though HiPPO's come in pairs at the start; taking the real part of the sum in
+# (4) is enough. Two real numbers for each pole, two for each read-out, $D$ and the step: one direction of one layer has
+# 4 · 64 + 2 = 258<!-- = 4 * 64 + 2 --> parameters.
 
 
 # %%
@@ -1277,7 +1278,8 @@ def draw_bases():
 def convolve_direct(
     u: Float[AnyArray, "*batch L d"], K: Float[AnyArray, " L"], past: bool = True
 ) -> Float[Array, "*batch L d"]:
-    """Equation (7) as it is written, one lag after another; the oracle for the others.
+    """Equation (7) as it is written, one lag after another; the others are tested
+    against it.
 
     The answer to an impulse is the kernel. Backward, it lies before the impulse:
 
@@ -1377,9 +1379,9 @@ def convolve_toeplitz(
 
 
 # %% [markdown]
-# The figure shows the two matrices of one layer. The forward kernel fills the lower triangle, the
-# backward kernel the upper one, and both touch the diagonal. They are drawn side by side because the
-# layer never adds them: each makes an output of its own, and the next section multiplies the two.
+# The figure shows the two matrices of one layer. The forward kernel fills the lower triangle, the backward kernel the
+# upper one, and both touch the diagonal. They are drawn side by side because the layer never adds them: each makes an
+# output of its own, and the next section multiplies the two, after a dense layer each.
 
 
 # %%
@@ -1582,12 +1584,13 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 
 # %% [markdown]
 # The FFT does by far the least, at 4096 tokens 7.8<!-- = convolution_operations("blocks", 4096) /
-# convolution_operations("fft", 4096) --> times less than blocks. But an operation inside a matrix product costs a fraction
-# of one outside. And at $d = 1024$ the dense layers around it, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 * 2 * 1024
-# --> operations for each channel and token, far more than any of these but the full matrix at long lengths. So a good
-# algorithm is one that is made of matrix products. Here is the time to train one layer, relative to a layer whose tokens
-# do not mix at all (*no routing*); under *attention* the whole layer is BERT's. It was measured on two CPU cores and
-# estimated by the TPU's own compiler ([the appendix](#appendix-b-how-close-to-the-hardware) has both):
+# convolution_operations("fft", 4096) --> times less than blocks. But an operation inside a matrix product costs a
+# fraction of one outside. And at $d = 1024$ the dense layers around it, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 *
+# 2 * 1024 --> operations for each channel and token, far more than any of these but the full matrix at long lengths.
+# What counts is therefore not the number of operations but whether they are matrix products. Here is the time to train
+# one layer, relative to a layer whose tokens do not mix at all (*no routing*); under *attention* the whole layer is
+# BERT's. It was measured on two CPU cores and estimated by the TPU's own compiler ([the
+# appendix](#appendix-b-how-close-to-the-hardware) has both):
 
 
 # %%
@@ -1621,8 +1624,8 @@ def show_choice():
 # block is the matrix, so at 128 and 256 tokens they are one). So `convolve` decides by length alone. On the CPU
 # attention is cheaper at 128 tokens and about equal at 256; its layer is also smaller, $12 d^2$ weights against $13
 # d^2$. No GPU was measured; `python annotated_bigs.py benchmark` measures the device at hand. The FFT stays as the
-# paper's algorithm, the direct sum as the oracle. Lag 0 also carries the pass-through $D$ of (1), so adding $D$ to
-# $K_0$ gives it for nothing.
+# paper's algorithm, the direct sum as the reference for tests. Lag 0 also carries the pass-through $D$ of (1), so
+# adding $D$ to $K_0$ gives it for nothing.
 
 # %%
 LONGEST_MATRIX = 512  # tokens up to which "auto" takes the matrix
@@ -1673,8 +1676,8 @@ def convolve(
 
 
 # %% [markdown]
-# A kernel can now be slid over a sentence in whichever way the hardware prefers, with the same
-# result. Nothing so far depends on what the sentence says. That is the next section's business.
+# A kernel can now be slid over a sentence in whichever way the hardware prefers, with the same result. Nothing so far
+# depends on what the sentence says. The next section changes that.
 
 # %% [markdown]
 # **Exercises**
@@ -1734,22 +1737,23 @@ def convolve(
 #    O &= W_o (U \otimes V) & (L, d)
 #    \end{aligned} \tag{9} $$
 #
-# There are two elementwise products, both written $\otimes$. In $U_1 \otimes U_2$ what was gathered from
-# the left meets what was gathered from the right. In $U \otimes V$ the result meets the token itself. Written out,
-# with $f = g(W_f X)$ and $b = g(W_b X)$, without biases and $D$,
+# There are two elementwise products, both written $\otimes$. In $U_1 \otimes U_2$ what was gathered from the left meets
+# what was gathered from the right. In $U \otimes V$ the result meets the token itself. Written out, with $f = g(W_f X)$
+# and $b = g(W_b X)$, without biases and $D$ (a dense layer commutes with the convolution, because all channels share
+# one kernel),
 #
 # $$ (U_1 \otimes U_2)_i = \sum_{j \le i \le k} K^f_{i-j}\, K^b_{k-i}\; (W_{u_1} f_j) \otimes (W_{u_2} b_k). $$
 #
-# So each pair of a word $j$ on the left and a word $k$ on the right contributes a product of what the two words say.
+# So each pair of a word $j$ on the left and a word $k$ on the right contributes a product of the two words' features.
 # But the weight of a pair, $K^f_{i-j} K^b_{k-i}$, depends on the distances to token $i$ alone, never on the words. That
 # is what the paper means by "static layers that do not consider pair-wise interactions".
 #
-# In the authors' code $X$ in (9) is the output of a LayerNorm, and $O$ is added to that LayerNorm's input, as in a
-# pre-norm transformer; every dense layer has a bias. The paper's equations leave these out. We follow the code, or
-# the published weights would not fit.
+# In the authors' code $X$ in (9) is the output of a LayerNorm, and $O$ is added to that LayerNorm's input $x$, as in a
+# pre-norm transformer; every dense layer has a bias. The paper's equations leave these out. We follow the code, or the
+# published weights would not fit.
 #
 # One detail before the layer: the published layers approximate GELU by a tanh; the masked-LM head and BERT use the
-# exact one, and so do we.
+# exact one. We use each where they do.
 
 # %%
 # The layers' GELU, and that of the masked-LM head and of BERT.
@@ -1965,7 +1969,9 @@ class GatedLayer(nnx.Module):
 # $W x$ about $0.02 \sqrt{d}$ times as large as $x$. At the published width of 1024 that is 0.64. At a width of 128 it
 # is 0.23, a little more than a third of that, and $(1/\sqrt{8})^7$ is less than a thousandth: the layer puts out next
 # to nothing, its gradients are smaller still, and training has to lift it out of there first. So we let the start
-# follow the width, so that $W x$ has the published scale at every width.
+# follow the width, and $W x$ has the published scale at every width. (With Muon, an optimizer of [section
+# 10](#10-loss-schedule-optimizer), it made [no difference](#what-lets-a-small-model-learn) that could be measured; with
+# AdamW it was not measured by itself.)
 
 
 # %%
@@ -1992,12 +1998,14 @@ def start_for(width: int) -> float:
 
 
 # %% [markdown]
-# The paper asks what gating contributes by taking it away. Its *stacked* model is a BERT whose attention is replaced
-# by SSMs; nothing is multiplied with anything. It was not released. In our definition each of two SSMs, one
-# forward and then one backward, has a dense layer before and after it, so that a stacked layer keeps the $12 d^2$
-# weights of a BERT layer. These four keep the names that attention gives them: `W_q` and `W_k` stand around the
-# forward SSM, `W_v` and `W_o` around the backward one. (No nonlinearity stands between `W_k` and `W_v`, so one matrix
-# could replace them; there are two to keep the count.)
+# The paper asks what gating contributes by taking it away. Its *stacked* model is a BERT whose attention is replaced by
+# SSMs; no two streams are multiplied. The authors' answer, from their slides: after 11 billion tokens the gated model
+# averages 84.0 on GLUE, the stacked one 77.2, and stacked attention, BERT's, 84.1. We have not repeated that. The
+# stacked model was not released. In our definition each of two SSMs, one forward and then one backward, has a dense
+# layer before and after it, so that a stacked layer keeps the $12 d^2$ weights of a BERT layer. These four keep the
+# names that attention gives them: `W_q` and `W_k` stand around the forward SSM, `W_v` and `W_o` around the backward
+# one. (No nonlinearity stands between `W_k` and `W_v`, so one matrix could replace them; there are two to keep the
+# count.)
 
 
 # %%
@@ -2047,7 +2055,7 @@ class StackLayer(nnx.Module):
 
 
 # %% [markdown]
-# The rival of both is attention, which weighs the tokens by what they say.
+# The alternative to both is attention, which weighs the tokens by their content.
 
 
 # %%
@@ -2171,7 +2179,7 @@ ALONE = "#eeeeee"  # works on each token alone
 
 # Boxes: name, label, place, colour. Arrows: from, to, what flows there.
 GATED_BOXES = [
-    ("x", "$X$", (0, 0), "white"),
+    ("x", "$x$", (0, 0), "white"),
     ("norm", "LayerNorm", (0, 1), ALONE),
     ("W_v", "$W_v$, GELU", (-2.2, 2.2), ALONE),
     ("W_f", "$W_f$, GELU", (0, 2.2), ALONE),
@@ -2189,7 +2197,7 @@ GATED_BOXES = [
 GATED_ARROWS = [
     ("x", "norm", ""),
     ("norm", "W_v", ""),
-    ("norm", "W_f", ""),
+    ("norm", "W_f", "$X$"),
     ("norm", "W_b", ""),
     ("W_f", "forward", ""),
     ("W_b", "backward", ""),
@@ -2205,7 +2213,7 @@ GATED_ARROWS = [
     ("x", "sum", ""),
 ]
 STACK_BOXES = [
-    ("x", "$X$", (0, 0), "white"),
+    ("x", "$x$", (0, 0), "white"),
     ("W_q", "dense", (0, 1), ALONE),
     ("forward", "SSM$_f$", (0, 2), MIXING),
     ("W_k", "dense, dense", (0, 3), ALONE),
@@ -2331,8 +2339,8 @@ def draw_layers():
 # ## 7. The encoder and its heads
 #
 # What turns words into arrays, and arrays into answers? The front is BERT's: the embeddings of the word, of its
-# position and of its segment are added and normalized, and dropout is applied, the only one before the heads. Position
-# embeddings are the published model's choice; a convolution knows distances without them.
+# position and of its segment are added and normalized, and dropout is applied; there is no other before the heads.
+# Position embeddings are the published model's choice; a convolution already encodes distance.
 
 
 # %%
@@ -2414,8 +2422,8 @@ class Encoder(nnx.Module):
 
 
 # %% [markdown]
-# Five tasks share this encoder, under the published names. The masked-LM head ties its output to the word
-# embeddings.
+# The same encoder serves five tasks; the classes keep the published names. The masked-LM head ties its output to the
+# word embeddings.
 
 
 # %%
@@ -2630,8 +2638,8 @@ compiled_logits = jax.jit(BiGS.logits, static_argnums=5)
 
 
 # %% [markdown]
-# Pretraining needs the logits at the masked positions only, 15 % of the tokens. The product with the vocabulary is the
-# largest of a small model, so the others are never computed.
+# Pretraining needs the logits at the masked positions only. In a small model the product with the vocabulary costs
+# most, so logits elsewhere are not computed.
 
 
 # %%
@@ -2661,9 +2669,9 @@ logits_at = jax.jit(masked_logits)
 # %% [markdown]
 # ### Sizes
 #
-# `large` has the shape of the published model and `base` that of the paper's smaller one, started by our rule; both
-# mask padding out. The others are ours, for two CPU cores: a trained `boxed` comes with this document, and `twin`, the
-# same with six layers, was used to compare training recipes.
+# `large` has the shape of the published model and `base` that of the paper's smaller one, with our initialization.
+# Unlike the published models, both ignore padding. The others are ours, for two CPU cores: a trained `boxed` comes with
+# this document, and `twin`, the same with six layers, was used to compare training recipes.
 
 # %%
 large = Config()
@@ -2789,11 +2797,12 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
 # At 128 tokens the two models are nearly even; BiGS takes 2<!-- = 100 * (operations(large, 128) / operations(bert, 128)
 # - 1) --> % more. At 4096 BERT takes 1.6<!-- = operations(bert, 4096) / operations(large, 4096) --> times as many
 # operations, and 40<!-- = 100 - 100 * operations(replace(bert, routing="none"), 4096) / operations(bert, 4096) --> % of
-# those come from attention's quadratic term. Blocks, in place of the FFT, add 7<!-- = 100 * (operations(large, 4096,
-# "blocks") / operations(large, 4096) - 1) --> %, and save time all the same. A test holds these counts against those of
-# the compiler, for each architecture and algorithm.
+# those come from attention's quadratic term. There, blocks in place of the FFT add 7<!-- = 100 * (operations(large,
+# 4096, "blocks") / operations(large, 4096) - 1) --> %, and still save time ([section 5](#which-way-to-take)). A test
+# holds these counts against those of the compiler, for each architecture and algorithm.
 #
-# The model is complete. Before training one, let us see that it is the published one.
+# The model is complete. Before training one, we check it against the authors' code, on small random weights in their
+# format.
 
 # %% [markdown]
 # **Exercises**
@@ -3387,10 +3396,10 @@ def fill_some():
 # %% [markdown]
 # ## 9. From text to masked batches
 #
-# What does the model read? In the paper, English Wikipedia and books. Hubs can be out of reach and data sets
-# move, so this document brings its own English in a form that every reader already has: the documentation
-# strings of the Python packages that are installed with it. They hold a few megabytes of real, if dry, prose,
-# with nothing to download. Any other text can take its place (`--corpus`).
+# What does the model read? In the paper, English Wikipedia and books. Model hubs may be unreachable, and data sets get
+# moved, so this document brings its own English in a form that every reader already has: the documentation strings of
+# the Python packages that are installed with it. They hold a few megabytes of real, if dry, prose, with nothing to
+# download. Any other text can take its place (`--corpus`).
 #
 # Gathering reads source files without importing them. The list of packages is fixed and sorted, so that
 # everyone with the same versions has the same text.
@@ -3811,10 +3820,10 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
 # %% [markdown]
 # ### Masking
 #
-# The task is BERT's. In every row 15 % of the tokens are chosen, 19 of 128, but never a special one. (BERT's arrays
-# have 20 places for 128 tokens; the last is never filled, and ours do without it.) Of the chosen tokens, 80 % become
-# [MASK], 10 % become a random word piece of the whole vocabulary, and 10 % stay as they are. The model has to give the
-# original of all of them.
+# The task is BERT's. In every row 15 % of the tokens are chosen (our own recipe takes 30 %), 19 of 128, but never a
+# special one. (BERT's arrays have 20 places for 128 tokens; the last is never filled, and ours do without it.) Of the
+# chosen tokens, 80 % become [MASK], 10 % become a random word piece of the whole vocabulary, and 10 % stay as they are.
+# The model has to give the original of all of them.
 
 
 # %%
@@ -3910,9 +3919,9 @@ def mask_tokens(
 
 
 # %% [markdown]
-# The rows of a batch follow each other in an order that is drawn anew for every epoch. Step and batch size say which
-# places of which epoch are meant, so a batch is a pure function of the seed and its number. That is what makes an
-# interrupted run repeatable; and where several processes share a batch, each makes its own rows of it alone.
+# The rows of a batch follow each other in an order that is drawn anew for every epoch. The step and the batch size
+# determine which rows of which epoch form a batch, so it is a pure function of the seed and its number. That is what
+# makes an interrupted run repeatable; and where several processes share a batch, each makes only its own share.
 
 
 # %%
@@ -4087,9 +4096,8 @@ def describe_batch():
 # %% [markdown]
 # ## 10. Loss, schedule, optimizer
 #
-# What is minimized, and how? The loss is the cross-entropy of the original word, averaged over all positions
-# that are masked. With $M$ these positions, as pairs of a row $b$ and a place $i$, and $w_{b,i}$ the word that
-# stood there,
+# What is minimized, and how? The loss is the cross-entropy of the original word, averaged over all chosen positions.
+# With $M$ these positions, as pairs of a row $b$ and a place $i$, and $w_{b,i}$ the word that stood there,
 #
 # $$ \ell = -\frac{1}{|M|} \sum_{(b, i) \in M} \log p\,(w_{b,i} \mid \text{masked text}). \tag{10} $$
 
@@ -4098,7 +4106,7 @@ def describe_batch():
 def masked_loss(
     logits: Float[AnyArray, "batch P V"], labels: Int[AnyArray, "batch P"]
 ) -> Float[Array, ""]:
-    """Equation (10), in nats a masked token; label 0 is not counted.
+    """Equation (10), in nats per masked token; label 0 is not counted.
 
     A model that knows nothing pays log V for each word:
 
@@ -4136,10 +4144,11 @@ def batch_loss(
 
 
 # %% [markdown]
-# A recipe is data: how long, how fast, with what decay. `documented` is the one run whose command the authors wrote
-# down: 131 sequences of 128 on each of what we take to be eight TPU cores, 1048 in all, 100,000 steps, a peak rate of
-# 6e-4, 2 % of warm-up, then a cosine down to a tenth. It reads 13.4<!-- = RECIPES["documented"].tokens / 1e9 -->
-# billion tokens. The paper's table says 1 % of warm-up; we follow the documented run.
+# A recipe is a record: number of steps, learning rates, weight decay, and so on. `documented` is the one run whose
+# command the authors wrote down: 131 sequences of 128 on each of what we take to be eight TPU cores, 1048 in all,
+# 100,000 steps, a peak rate of 6e-4, 2 % of warm-up, then a cosine down to a tenth. It reads 13.4<!-- =
+# RECIPES["documented"].tokens / 1e9 --> billion tokens. The paper's table says 1 % of warm-up; we follow the documented
+# run.
 
 
 # %%
@@ -4242,15 +4251,16 @@ def configured(config: Config, recipe: Recipe) -> Config:
 #
 # </details>
 #
-# `annotated` is ours, and made for small models: where both were run once, it needed a third of the tokens of `twin`
-# for the same loss ([measured](#what-lets-a-small-model-learn)). It masks 30 % of the words in place of 15 %. It leaves
-# the table of positions at zero: a kernel knows what is near and what is far, and needs no table for it. It has no
-# dropout, since hardly a row is read twice. Decay spares the SSMs; on `log_step` it would pull a step size towards one,
-# and on `A_re` towards poles that never fade. And the matrices of the layers are moved by *Muon* (Jordan et al., 2024):
-# where AdamW scales each entry of a matrix by itself, Muon takes the average gradient of the whole matrix, makes its
-# singular values equal, and steps by that, so that small gradients count as much as large ones. `demonstration` and
-# `quarter-hour` are short runs of it, the one for two CPU cores, the other for an accelerator. `boxed` trained the
-# model that comes with this document, on a GPU, in larger batches and with a table of positions.
+# `annotated` is ours, and made for small models: at six layers, with one run each, it reached the loss of the published
+# recipe, called `twin` here, with a third of the tokens ([measured](#what-lets-a-small-model-learn); a part of this may
+# be the rate of `twin`). It masks 30 % of the words in place of 15 %. It leaves the table of positions at zero: a
+# kernel already encodes distance. It has no dropout, which made the loss slightly worse in a short run. Decay spares
+# the SSMs; on `log_step` it would pull a step size towards one, and on `A_re` towards poles that never fade. And the
+# matrices of the layers are moved by *Muon* (Jordan et al., 2024): where AdamW scales each entry of a matrix by itself,
+# Muon takes the running average of a whole matrix's gradient, makes its singular values equal, and steps by that, so
+# that small gradients count as much as large ones. `demonstration` and `quarter-hour` are short runs of it, the one for
+# two CPU cores, the other for an accelerator. `boxed` trained the model that comes with this document, on a GPU, in
+# larger batches and, like the published model, with a table of positions.
 
 # %%
 annotated = Recipe(
@@ -4358,10 +4368,10 @@ def schedule(recipe: Recipe, peak: float | None = None) -> Callable[[int], float
 
 
 # %% [markdown]
-# The optimizer is AdamW with $\beta_1 = 0.9$, $\beta_2 = 0.98$ and $\epsilon = 10^{-6}$, without gradient clipping.
-# Groups of parameters are found by their paths. Biases and normalization scales are never decayed; matrices and
-# embeddings always are; the SSMs are if the recipe says so. With a `matrix_rate`, the matrices of the layers are left
-# to Muon.
+# The optimizer is AdamW with $\beta_1 = 0.9$ and, unless a recipe says otherwise, $\beta_2 = 0.98$ and $\epsilon =
+# 10^{-6}$, without gradient clipping. Groups of parameters are found by their paths. Biases and normalization scales
+# are never decayed; matrices and embeddings always are; the SSMs are if the recipe says so. With a `matrix_rate`, the
+# matrices of the layers are left to Muon.
 
 
 # %%
@@ -5029,15 +5039,16 @@ def fast_loss_of(recipe: Recipe) -> Callable:
 # ## 12. Pretraining
 #
 # What does a run look like from start to end? It is a loop over batches that now and then measures the loss on held-out
-# text: the mean over fixed batches, without dropout. (The exponential of that loss is a perplexity, though only of
-# masked words.)
+# text: the mean over fixed batches, without dropout. (From [section 11](#11-one-step-on-many-chips) come `fresh_state`,
+# `make_step` and `on_devices`, which put a run on the devices at hand, and `fast_loss`, the same loss computed faster.)
+# (The exponential of that loss is a perplexity, though only of masked words.)
 
 # %%
 compiled = functools.cache(jax.jit)  # one program for each function
 
 
 def evaluate(model: BiGS, data: Dataset, loss: Callable = batch_loss) -> float:
-    """Mean held-out loss, in nats a masked token.
+    """Mean held-out loss, in nats per masked token.
 
     >>> positions = jnp.array([[1], [3]])
     >>> batch = Batch(jnp.ones((2, 5), int), positions, jnp.array([[7], [9]]))
@@ -5085,9 +5096,9 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 
 
 # %% [markdown]
-# Now the steps, one after another. Every batch is a function of the seed and the step, and so is dropout. A state is
-# therefore the whole run, its place in the text included: whoever goes on from a saved state gets, to the bit, the run
-# that was never interrupted. The docstring shows it.
+# Now the steps, one after another. Every batch is a function of the seed and the step, and so is dropout. A state
+# therefore determines the rest of the run, the position in the text included: a run that is resumed from a saved state
+# is, to the bit, the run that was never interrupted. The docstring shows it.
 
 
 # %%
@@ -5170,10 +5181,10 @@ def pretrain(
 # %% [markdown]
 # ### Live
 #
-# Now for real, if small: the `tiny` model on the embedded English, with the recipe `demonstration` and the
-# [fast loss](#the-same-step-fast). The first
-# evaluation should be a little above the logarithm of 8192, 9.01<!-- = np.log(8192) -->, because a fresh model knows
-# nothing and guesses all the same.
+# Now a real run, though a small one: the `tiny` model on the embedded English, with the recipe `demonstration` and the
+# [fast loss](#the-same-step-fast). The first evaluation should be a little above the logarithm of 8192, 9.01<!-- =
+# np.log(8192) -->, because a fresh model knows nothing and guesses all the same. Training batches mask 30 % of the
+# tokens, held-out ones 15 %, so the two curves are not to be compared with each other.
 
 # %%
 PROBES = (
@@ -5209,7 +5220,7 @@ def live():
     print(
         "held-out loss:",
         " -> ".join(f"{loss:.2f}" for loss in heldout),
-        "nats a masked word",
+        "nats per masked word",
     )
     for text in PROBES:
         print(text)
@@ -5259,7 +5270,7 @@ def loss_figure():
         ]
         ax.plot(*zip(*points, strict=True), **style)
     ax.axhline(np.log(tiny.vocab_size), color=INK, ls="--", lw=0.7)
-    ax.set(xlabel="million tokens", ylabel="nats a masked word")
+    ax.set(xlabel="million tokens", ylabel="nats per masked word")
     return drawing
 
 
@@ -5270,11 +5281,11 @@ def draw_loss():
 
 
 # %% [markdown]
-# A model has been trained from nothing, in minutes. Its held-out loss has fallen by 4.9<!-- =
-# results()["history"][0]["heldout"] - results()["history"][-1]["heldout"] --> nats, and its guesses are words that one
-# might find there. The longer runs of the paper are this loop with other numbers, and each is one command: the
-# documented run, on Wikipedia alone, to be given again as it stands if it was killed; and, when it has finished, 10,000
-# steps more on texts of 512.
+# A model has been trained from scratch, in minutes. Its held-out loss has fallen by 4.9<!-- =
+# results()["history"][0]["heldout"] - results()["history"][-1]["heldout"] --> nats, and some of its guesses fit. The
+# longer runs of the paper are this loop with other numbers, and each is one command: the documented run, on Wikipedia
+# alone (if it is killed, the same command goes on with it); and, when it has finished, 10,000 steps more on texts of
+# 512.
 #
 #     python annotated_bigs.py pretrain --size large --recipe documented --corpus wikimedia/wikipedia:20231101.en \
 #         --vocabulary bert-large-uncased --output runs/large --resume
@@ -5285,10 +5296,10 @@ def draw_loss():
 # `export` takes the model out of a run that has not finished, and `figures --runs runs/a runs/b` draws the losses of
 # several runs beside each other.
 #
-# How such a run fares when things go wrong is a matter of tests. Killed without warning at ten random moments and
-# resumed each time, it ends with the same parameters to the bit (`tests/test_recovery.py`). Asked to leave, it saves
-# and leaves. A full disk, a damaged checkpoint, a second process in the same folder, a loss that is not finite: the
-# last good state stays, and one line says what to do.
+# Tests cover what happens when things go wrong. Killed without warning at ten random moments and resumed each time, it
+# ends with the same parameters to the bit (`tests/test_recovery.py`). On a stop signal it saves its state and exits. A
+# full disk, a damaged checkpoint, a second process in the same folder, a loss that is not finite: the last good state
+# stays, and one line says what to do.
 #
 # On a TPU or GPU, [the appendix](#on-a-tpu-or-gpu) runs the same loop for `base` on Wikipedia. There, too, are the
 # [corpora](#appendix-a-text-of-your-own), what a small model's [recipe](#what-lets-a-small-model-learn) is worth, and
@@ -5319,8 +5330,8 @@ def draw_loss():
 # ## 13. Fine-tuning
 #
 # What is a pretrained model good for? The paper's measure is GLUE, of which it uses eight tasks on sentences and pairs
-# of sentences: is this grammatical, is it praise, does the one follow from the other? We add WNLI, which the paper
-# leaves out, and a task of our own that needs no download. Where a task's texts stand, what its labels are and how it
+# of sentences: is this grammatical, is it positive, does one follow from the other? We add WNLI, which the paper leaves
+# out, and a task of our own that needs no download. Which columns hold a task's texts, what its labels are and how it
 # is scored are entries of a table; nothing else differs between tasks, except that a task without labels asks for a
 # number.
 
@@ -5530,11 +5541,11 @@ def encode(
 
 # %% [markdown]
 # How much of a batch is padding? Most sentences of GLUE are short, and the models read 128 tokens or more. Because
-# padding is masked out in our models, a batch may end with its longest text. Texts of a like length should then meet in
-# a batch, and batches should have few different lengths, for each is compiled once. So an epoch is shuffled, sorted by
-# length within every 64 batches, cut into batches, and these are shuffled again. The [twin](#a-model-in-the-box) learns
-# CoLA 6.6<!-- = cut_speed("cola") --> times as fast in such batches as padded to 128 tokens, and SST-2 5.7<!-- =
-# cut_speed("sst2") --> times, and scores the same.
+# padding is masked out in our models, a batch need only be padded to its longest text. Texts of a like length should
+# then meet in a batch, and batches should have few different lengths, for each is compiled once. So an epoch is
+# shuffled, sorted by length within every 64 batches, cut into batches, and these are shuffled again. An earlier model
+# of six layers, the [twin](#a-model-in-the-box), learns CoLA 6.6<!-- = cut_speed("cola") --> times as fast in such
+# batches as padded to 128 tokens, and SST-2 5.7<!-- = cut_speed("sst2") --> times, and scores the same.
 
 
 # %% tags=["appendix"]
@@ -5598,9 +5609,9 @@ def cut(
 # %% [markdown]
 # The encoder stays as it was, and the head is new, unless the model comes from another task of this kind: then its
 # pooler stays, too, as in the paper, where RTE, MRPC and STS-B start from MNLI. One thing needs care. The published
-# model has no normalization after its last layer, and so nothing keeps the features of pretraining at a common scale.
-# A new pooler of the usual scale would then drive its tanh to plus or minus one, and nothing could be learned through
-# it. We divide its fresh weights by the spread of the features; the authors' code does not.
+# model has no normalization after its last layer, and so nothing keeps the features of pretraining at a common scale. A
+# new pooler of the usual scale would then drive its tanh to plus or minus one, and no gradient would pass through it.
+# We divide its fresh weights by the spread of the features; the authors' code does not.
 
 
 # %%
@@ -5633,10 +5644,9 @@ def classifier_on(
 
 
 # %% [markdown]
-# The rest: AdamW, its $\beta_2$ of 0.999 and a rate that falls linearly to zero taken from the authors' code; a warm-up
-# over the first tenth of the steps, and rates, decays, batches and epochs from a small grid, both from the paper's
-# Table 6. Rate and decay are arguments of the step, so that no value of theirs is compiled anew. Kernels can be frozen,
-# which the authors tried, too.
+# The optimizer is AdamW. From the authors' code come its $\beta_2$ of 0.999 and the linear decay of the rate to zero;
+# from the paper's Table 6 the warm-up over the first tenth of the steps, and the grid of rates, decays, batch sizes and
+# epochs. Kernels can be frozen, which the authors tried, too.
 
 
 # %%
@@ -5692,7 +5702,7 @@ GRID = {
     "epochs": (3, 5, 8),
 }
 # AdamW of the published fine-tuning. The rate and the decay are part of its state, so
-# that no value of theirs is compiled anew.
+# that other values of them need no other program.
 TUNER = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "mask"))(
     learning_rate=0.0,
     weight_decay=0.0,
@@ -5736,8 +5746,8 @@ def tuning_step(model, moments, inputs, labels, key, frozen):
 
 # %% [markdown]
 # Which model counts? The authors report the best evaluation of a run. On a small development set the best of several
-# profits from chance: among 277 examples, those of RTE, one standard error is three points. So we score the model after
-# each epoch, and report the last beside the best.
+# scores is inflated by chance: among 277 examples, those of RTE, one standard error is three points. So we score the
+# model after each epoch, and report the last beside the best.
 
 
 # %%
@@ -5863,9 +5873,10 @@ def predict(
 # ### Live
 #
 # What can be shown anywhere is the mechanism, on a task made of the text that we already have. Half of some sentences
-# stay as they are; in the other half two neighbouring words change places. *Is the order right?* A thousand sentences
-# are there to learn from, and a thousand of held-out modules to be judged. Who counts words, without regard to their
-# order, can do no better than chance; and a thousand sentences are too few to learn the order of English from.
+# stay as they are; in the other half two neighbouring words change places. *Is the order right?* There are a thousand
+# training sentences, and a thousand test sentences from held-out modules. A model that only counts words, ignoring
+# their order, can do no better than chance; and a thousand sentences are too few to learn the order of English from.
+# Both models are the `tiny` one of section 12, fine-tuned for four epochs.
 
 
 # %% tags=["appendix"]
@@ -5957,11 +5968,12 @@ def compare_order():
 
 
 # %% [markdown]
-# Three runs each, which differ in the new head, the order of the sentences and the dropout. The model that was trained
-# from the start knows what it has seen and nothing else; the pretrained one has met the order of words in a hundred
-# thousand sentences before, without any label. One standard error of a thousand answers is 1.6<!-- = 100 * np.sqrt(0.25
-# / 1000) --> points, far less than the difference.<!-- if min(results()["order"]["accuracy"]["pretrained"]) -
-# max(results()["order"]["accuracy"]["not pretrained"]) > 0.1 -->
+# Three runs each, which differ in the new head, the order of the sentences and the dropout. The model that was not
+# pretrained knows what it has seen and nothing else. The pretrained one has read half a million word pieces of such
+# text nearly four times, without any label; the thousand training sentences were among them, the test sentences were
+# not. One standard error of a thousand answers is 1.6<!-- = 100 * np.sqrt(0.25 / 1000) --> points, far less than the
+# difference.<!-- if min(results()["order"]["accuracy"]["pretrained"]) - max(results()["order"]["accuracy"]["not
+# pretrained"]) > 0.1 -->
 
 # %% [markdown]
 # ### GLUE, with a small model
@@ -5971,8 +5983,8 @@ def compare_order():
 #
 #     python annotated_bigs.py finetune --task all --model runs/large --data glue/ --seeds 6 --search --output runs/glue
 #
-# The model in `data/bigs-boxed` went through two tasks, as it is and with its parameters drawn anew: three epochs,
-# three seeds, one learning rate for all. Of MNLI's 392,702 training pairs there was only a sample of 9,882. The other
+# The model in `data/bigs-boxed` was fine-tuned on two tasks, once pretrained and once from random parameters: three
+# epochs, three seeds, one learning rate for all. For MNLI we had only 9,882 of the 392,702 training pairs. The other
 # tasks were not run. Beside ours stand the authors' numbers for the model of length 512, from [the notes to their
 # code](https://github.com/jxiw/BiGS/blob/main/GLUE.md); the paper's own, task by task, could not be found.
 
@@ -6100,22 +6112,22 @@ def show_glue():
 # %% [markdown]
 # *Chance* guesses, every label as often as the other; *majority* always names the most frequent one. Best and last are
 # evaluations: the best of three epochs, chosen on the development set itself, as the authors do, and the last. Here
-# they are the same in every run. The deviation is that over seeds. The other interval says how much of a difference may
-# be due to the choice of examples: both models answer the same ones, so these are drawn anew, with replacement, a
-# thousand times, and the difference is taken each time.
+# they are the same in every run. The deviation is that over seeds. The interval below each task says how much of the
+# difference may be due to the choice of examples: both models answer the same ones, so these are resampled with
+# replacement, a thousand times, and the difference is taken each time. (Differences are taken before rounding.)
 #
 # **Single sentences.** On CoLA pretraining is worth 28.8<!-- = worth("cola")[0] --> points (22.3<!-- = worth("cola")[1]
 # --> to 35.3<!-- = worth("cola")[2] -->). Without it, the model learns next to nothing from the 8,551 examples at this
 # rate, which is the same for both and was not tuned for either.
 #
 # **Pairs.** On MNLI pretraining is worth 6.5<!-- = worth("mnli")[0] --> points (5.6<!-- = worth("mnli")[1] --> to
-# 7.4<!-- = worth("mnli")[2] -->), and the result is half of the answers, where chance is a third. How much of that is
-# read off the second sentence alone was not measured.
+# 7.4<!-- = worth("mnli")[2] -->), to half of the answers, where chance is a third. MNLI can partly be solved from the
+# second sentence alone; how much of this is that was not measured.
 #
-# What the numbers cannot say: the small model is far from the authors', which has
-# 63<!-- = parameters(large) / parameters(boxed) --> times its parameters, over two hundred times its text, and on MNLI
-# 40<!-- = GLUE["mnli"].rows["train"] / glue()["mnli"]["examples"]["train"] --> times its training pairs. Which of these
-# counts how much was not measured. Attention is not among them: neither model has any.
+# What the numbers cannot say: the small model is far from the authors', which has 63<!-- = parameters(large) /
+# parameters(boxed) --> times its parameters, over two hundred times its text, and on MNLI 40<!-- =
+# GLUE["mnli"].rows["train"] / glue()["mnli"]["examples"]["train"] --> times its training pairs. Which of these counts
+# how much was not measured.
 
 # %% [markdown]
 # **Exercises**
@@ -6143,9 +6155,9 @@ def show_glue():
 # %% [markdown]
 # ## 14. Looking at kernels
 #
-# What has the model learned about word order? What an attention model does depends on the sentence.
-# Here, the table of positions aside, the answer is the same for all sentences and can be drawn: the kernels of (4),
-# two a layer. We read those of the model in `data/bigs-boxed`.
+# What has the model learned about word order? In an attention model, what is mixed with what depends on the sentence.
+# Here, the table of positions aside, it is the same for every sentence and can be drawn: the kernels of (4), two per
+# layer. We read those of the model in `data/bigs-boxed`.
 
 
 # %%
@@ -6356,42 +6368,41 @@ def draw_kernels():
 
 
 # %% [markdown]
-# On the right every row is smooth, and hardly two are alike. (The paper's rows are read off its printed figure; the
-# bottom one is 0 here.)
+# After training the ripples are gone. By eye, where the bulk of each row lies (the paper's rows are read off its
+# printed figure; the bottom one is 0 here):
 #
 # | a layer reads mostly | rows of the paper | ours |
 # |---|---|---|
-# | the next word | 0; 15 on both sides | 1, 5 |
+# | the next word | 0 | 1, 5 |
 # | the preceding word | 1 (broadly), 2, 5, 12, 20, 21 | 6, 7 |
-# | both neighbours | | 0 |
-# | two or three words back | 4, 6, 16, 22 | 2 |
-# | the word itself, and a side | 7, 8, 13, 19 | 3, with what follows |
+# | both neighbours | 15 | 0 |
+# | the last few words | 4, 6, 16, 22 | 2 |
+# | the word itself, and a side | 7, 8, 13, 19 | 3, with the next few |
 # | far back | 9, 17 | |
 # | far ahead | 3, 14 | |
-# | all around | 10, 11, 18 | 4 |
+# | all around | 10, 11, 18 | 4, more ahead |
 #
 # The strongest positions are, from the bottom, +1, +1, -1, +2, +1, +1, -1 and -1.<!-- if [int(around(layer).argmax()) -
 # 10 for layer in boxed_kernels()["pretrained"]] == [1, 1, -1, 2, 1, 1, -1, -1] --> Nothing told the layers to share the
-# work like this: at step 0 the rows were ripples, and only row 7 looked from the start much as it does in the end. Its
-# backward kernel has gone altogether, its largest value is 0.002<!-- = abs(boxed_kernels()["pretrained"][7, 1]).max()
-# -->: the last layer looks back only. The reach of such a kernel means nothing, and a faint ripple over a hundred
-# positions has a long reach, too. What a kernel is worth is measured below.
+# work like this: at step 0 the rows were ripples, and only row 7 looked from the start much as it does in the end.
+# (This is one run; another seed may divide the work differently.) The backward kernel of layer 7 has vanished, its
+# largest value is 0.002<!-- = abs(boxed_kernels()["pretrained"][7, 1]).max() -->, so the last layer looks back only.
+# The reach of such a kernel means nothing. What a kernel is worth is measured below.
 #
-# The `tiny` model, trained for minutes on documentation strings, has not come so far. Where one of its rows correlates
-# with step 0, the row shows how it was drawn, not what it has learned.
+# Where a row of the `tiny` model correlates with step 0, it shows how it was drawn, not what was learned.
 #
 # ### What moves a kernel
 #
-# How do kernels get where they are? Each has a few handles: its step size, which stretches it as a whole, its poles,
-# and its read-outs. In the two runs that we can follow, step sizes moved in the one where weight decay reaches them and
-# hardly in the other; frequencies stayed where HiPPO put them; what is learned is how fast each fades, and how much of
-# each is read.
+# How do kernels get where they are? Each is controlled by its step size, which stretches it as a whole, its poles, and
+# its read-outs. Of the model above no states were kept on the way, but of two runs of a six-layer sibling. In these,
+# step sizes moved in the one where weight decay reaches them and hardly in the other; frequencies stayed where HiPPO
+# put them; what is learned is how fast each fades, and how much of each is read.
 #
 # <details><summary>How we know</summary>
 #
-# Of the model in the box the checkpoints on the way are not kept; of two runs of its six-layer sibling they are. One is
-# the *twin*, trained the way the published model was, SSMs decayed like everything else. The other went by our recipe
-# `annotated`, in which they are not. (It differs in more: optimizer, rates, masks, and less than half the tokens.)
+# One of the two is the *twin*, trained the way the published model was, SSMs decayed like everything else. The other
+# went by our recipe `annotated`, in which they are not. (It differs in more: optimizer, rates, masks, and less than
+# half the tokens.)
 #
 # The twin's step sizes all grew,<!-- if (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0]).all() --> one of
 # them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. That looks like
@@ -6410,8 +6421,7 @@ def draw_kernels():
 # way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->, so that
 # some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
 # way("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
-# abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->. HiPPO's frequencies stay; what
-# is learned is how fast each fades, and how much of each is read.
+# abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->.
 #
 # </details>
 
@@ -6456,8 +6466,9 @@ def draw_movement():
 # %% [markdown]
 # ### What a kernel is worth
 #
-# A kernel shows where a layer looks, not whether it matters; the same holds for an attention map. To find out,
-# silence it: with $C = 0$ a direction of a layer reads only the token itself, through $D$. What does the model lose?
+# A kernel shows where a layer looks, not whether it matters; the same holds for an attention map. To find out, silence
+# it: with $C = 0$ a direction of a layer reads only the token itself, through $D$. What does the model lose? (It is not
+# trained again, so this is what this model loses, not what a model without the kernel would lack.)
 
 
 # %%
@@ -6479,8 +6490,8 @@ def silenced(model: BiGS, which: Bool[np.ndarray, "layers 2"]) -> BiGS:
 
 
 # %% [markdown]
-# `inspect` of [the command line](#15-the-command-line) has measured this on three texts that the model has not read
-# (`data/bigs-boxed/reading.json`).
+# `inspect` of [the command line](#15-the-command-line) has measured this, in nats per masked word, on books, English
+# Wikipedia and Simple English Wikipedia that the model has not read (`data/bigs-boxed/reading.json`).
 
 
 # %% tags=["appendix"]
@@ -6523,13 +6534,11 @@ def show_silenced():
 
 # %% [markdown]
 # Without any kernel the model still knows each word and its place, and pays four nats for knowing nothing else. No
-# single layer is worth nearly as much: the others make up for it. What is lost most is the preceding word in layer 7
-# and the next word in layer 5, seven and five tenths of a nat. The backward kernel of layer 7 is worth nothing, as
-# expected. In layers 3 and 5 the model loses no more without both kernels than without the better one, as one might
-# expect where the two branches are multiplied and one is of little use without the other. In layers 0, 1 and 4 it loses
-# more than the sum of both: there each direction makes up for a part of the other.<!-- if all(found[f"layer {n}, both"]
-# + found["nothing"] > found[f"layer {n}, forward"] + found[f"layer {n}, backward"] for found in
-# boxed_reading()["losses"].values() for n in (0, 1, 4)) -->
+# single layer is worth nearly as much. What is lost most is the preceding word in layer 7 and the next word in layer 5,
+# 0.7 and 0.5 nats. The backward kernel of layer 7 is worth nothing, as expected. In layers 3 and 5 the forward kernel
+# is worth nothing once the backward one is gone. In layers 0, 1 and 4 losing both costs more than the two losses added,
+# as if each partly replaced the other.<!-- if all(found[f"layer {n}, both"] + found["nothing"] > found[f"layer {n},
+# forward"] + found[f"layer {n}, backward"] for found in boxed_reading()["losses"].values() for n in (0, 1, 4)) -->
 #
 # How far does the model look, then? Let all kernels of all layers end after a lag, and measure the loss.
 
@@ -6550,7 +6559,7 @@ def shortened_figure():
         lags = [int(lag) for lag in losses if lag != "-1"]
         ax.plot(lags, [losses[str(lag)] for lag in lags], marker="o", label=text[:-15])
     ax.set_xscale("symlog", base=2, linthresh=1)
-    ax.set(xlabel="last lag, tokens", ylabel="nats a masked word", xticks=lags)
+    ax.set(xlabel="last lag, tokens", ylabel="nats per masked word", xticks=lags)
     ax.set_xticklabels(lags)
     ax.legend(frameon=False)
     return drawing
@@ -6562,17 +6571,18 @@ def draw_shortened():
 
 
 # %% [markdown]
-# One neighbour on each side brings most of it, since eight layers of that reach eight words to either side. Lags beyond
-# 16 are worth a tenth of a nat, those beyond 32 two to four hundredths, and those beyond 64 nothing.<!-- if
-# max(found["64"] - found["127"] for found in boxed_reading()["shortened"].values()) < 0.004 --> So the wide kernel of
-# layer 4 is worth its place by what it gathers within a sentence or two, not by the far end of its reach. That is this
-# model and these texts, cut at 128 tokens wherever that falls; whether a larger one would use more, it cannot say.
+# With one neighbour on each side about seven tenths of the loss are recovered, since eight layers of that reach eight
+# words to either side. Lags beyond 16 are worth a tenth of a nat, those beyond 32 two to four hundredths, and those
+# beyond 64 nothing.<!-- if max(found["64"] - found["127"] for found in boxed_reading()["shortened"].values()) < 0.004
+# --> So the wide kernel of layer 4 is useful for what it gathers within a sentence or two, not for the far end of its
+# reach. That is this model and these texts, cut at 128 tokens wherever that falls; whether a larger one would use more,
+# it cannot say.
 #
 # ### Figure 4
 #
-# The paper's Figure 4 asks what fine-tuning on natural-language inference (MNLI) changes, and finds that the kernels
-# of a few layers become longer. Here are the three of our kernels that moved most, but for the one that is nothing,
-# over all positions, each scaled to a peak of one.
+# The paper's Figure 4 asks what fine-tuning on natural-language inference (MNLI) changes, and finds that the kernels of
+# a few layers become longer. Here are the three of our kernels that moved most, leaving out the backward one of layer
+# 7, over all positions, each scaled to a peak of one.
 
 
 # %%
@@ -6661,22 +6671,20 @@ def draw_finetuned():
 
 
 # %% [markdown]
-# There is nothing to see: no kernel moved by more than 2.6<!-- = 100 * movement(boxed_kernels()["pretrained"],
-# boxed_kernels()["finetuned"])[1][0] --> % of its norm, the vanished one of layer 7 aside. The model read 9,882 of
-# MNLI's 392,702 training pairs, three times, and gets half of the development set right, where chance is a third. Of
-# the sixteen kernels the reach grew for three<!-- = (reaches(boxed_kernels()["finetuned"]) >
-# reaches(boxed_kernels()["pretrained"])).sum() --> and shrank for one<!-- = (reaches(boxed_kernels()["finetuned"]) <
-# reaches(boxed_kernels()["pretrained"])).sum() -->, by three positions at most. The paper's layer 17 rises from 0.54 to
-# 0.81 of its peak at a lag of 32. Ours had a fortieth of the pairs and a sixtieth of the parameters; which of these
-# keeps the kernels where they are was not measured.
+# No change can be seen: no kernel moved by more than 2.6<!-- = 100 * movement(boxed_kernels()["pretrained"],
+# boxed_kernels()["finetuned"])[1][0] --> % of its norm. The model read 9,882 of MNLI's 392,702 training pairs, three
+# times, and gets half of the development set right, where chance is a third. Of the sixteen kernels the reach grew for
+# three<!-- = (reaches(boxed_kernels()["finetuned"]) > reaches(boxed_kernels()["pretrained"])).sum() --> and shrank for
+# one<!-- = (reaches(boxed_kernels()["finetuned"]) < reaches(boxed_kernels()["pretrained"])).sum() -->, by three
+# positions at most. The paper's layer 17 rises from 0.54 to 0.81 of its peak at a lag of 32. Ours had a fortieth of the
+# pairs and a sixtieth of the parameters, at one learning rate; whether one of these is the reason was not measured.
 #
 # With the hub in reach, `python annotated_bigs.py figures --model JunxiongWang/BiGS_128 --finetuned
 # JunxiongWang/BiGS_128_MNLI` draws the paper's very figures, and `python annotated_bigs.py inspect` reads any model's
 # kernels.
 #
-# One drawing serves for all sentences because kernels do not depend on the input. The drawings are not the whole
-# explanation: what two kernels gather is multiplied, and layers stack. The price is the same fact: a layer cannot look
-# elsewhere in another sentence.
+# One drawing serves for all sentences because kernels do not depend on the input. It is not the whole explanation: what
+# two kernels gather is multiplied, and layers stack.
 
 # %% [markdown]
 # ## 15. The command line
@@ -6746,7 +6754,7 @@ def draw_finetuned():
 # | the text: BiGS costs less than BERT at 128 tokens; its Table 8: more | | more, by 2 %; counted forward, although the appendix says forward and backward | all eight numbers | `tests/test_model.py::test_operations_reproduce_table_8` |
 # | stacked and attention variants | never released | our definitions, [section 6](#6-gating) | 334.8 million parameters, gated 346.3 | `RIVALS` |
 # | continued at 512 and 4096 | new rows of the position table unknown | the table repeated | [measured](#longer-texts) | `tests/test_published.py::test_a_model_for_longer_texts` |
-# | | weight decay reaches poles, steps, $C$ and $D$ | option `ssm_decay`, off in `annotated` | [the step sizes](#figure-3) of the twin grow, nine of twelve by no more than decay explains | `tests/test_training.py::test_groups_cover_all_parameters` |
+# | | weight decay reaches poles, steps, $C$ and $D$ | option `ssm_decay`, off in `annotated` | [the step sizes](#what-moves-a-kernel) of the twin grow, nine of twelve by no more than decay explains | `tests/test_training.py::test_groups_cover_all_parameters` |
 # | | one learning rate; the SSMs' own is never read | option `ssm_rate`, 2 in `boxed` | nothing beyond noise at half, twice and four times the rate, [4 million tokens](#what-lets-a-small-model-learn) | `tests/test_training.py::test_groups_cover_all_parameters` |
 # | warm-up of 1 % | 2 % in the documented run | 2 % | not measured | `tests/test_training.py::test_schedule_endpoints` |
 # | | the loss is averaged on each device, then over devices | over all masked positions | none where devices have equally many | `tests/test_training.py::test_one_device_equals_eight` |
@@ -7148,7 +7156,7 @@ def heldout_rows(length: int, model: str | Path) -> Rows:
 def heldout_at(
     model: BiGS, rows: Rows, padded_to: int = 0, tokens: int = 8192
 ) -> float:
-    """Held-out loss, nats a masked word, over four batches of these rows, padded or
+    """Held-out loss, nats per masked word, over four batches of these rows, padded or
     not.
     """
     losses = []
@@ -7339,6 +7347,15 @@ def reached(
     return step * recipe["batch"] * recipe["length"] / 1e6
 
 
+def step_seconds(recipe: str) -> float:
+    """Seconds of a step of size `twin` on two idle cores (data/recipes-speed.json).
+
+    >>> 1 < step_seconds("annotated") / step_seconds("twin") < 1.3
+    True
+    """
+    return float(np.median(measured("recipes-speed")["seconds"][recipe]))
+
+
 @example
 def show_recipes():
     published = measured("twin")["twin"]
@@ -7347,7 +7364,7 @@ def show_recipes():
     for name, run in (("twin", published), ("annotated", ours)):
         tokens = reached(run["history"], run["recipe"], loss)
         steps = 1e6 * tokens / (run["recipe"]["batch"] * run["recipe"]["length"])
-        seconds = np.median(measured("recipes-speed")["seconds"][name])
+        seconds = step_seconds(name)
         print(
             f"{name:10s} reached {loss:.3f} after {tokens:5.1f} million tokens,"
             f" {steps:6,.0f} steps of {seconds:.3f} s: {steps * seconds / 60:.0f} minutes"
@@ -7358,8 +7375,7 @@ def show_recipes():
 # %% [markdown]
 # (The seconds of a step were measured by themselves, on an otherwise idle machine with two cores, the two recipes in
 # turns; the runs shared theirs with other work. A step by `annotated`, with Muon and without dropout, takes 1.1<!-- =
-# np.median(measured("recipes-speed")["seconds"]["annotated"]) / np.median(measured("recipes-speed")["seconds"]["twin"])
-# --> times as long as one by `twin`.)
+# step_seconds("annotated") / step_seconds("twin") --> times as long as one by `twin`.)
 #
 # What this size cannot say: whether any of it holds for `base` and `large`. Muon's rate is known to carry over between
 # widths better than AdamW's, but nothing of the kind was run here.

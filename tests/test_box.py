@@ -134,7 +134,7 @@ def test_losses_that_are_told_were_measured(card, readme):
     assert len(numbers) >= 14
     assert set(numbers) <= known
     last = bigs.boxed_training()["history"][-1]["heldout"]
-    assert f"reaches {last:.1f} nats a masked word" in readme
+    assert f"reaches {last:.1f} nats per masked word" in readme
 
 
 def mean_score(found, variant):

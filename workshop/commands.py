@@ -103,7 +103,7 @@ def compare_runs(folders: tuple[Path, ...]) -> Callable:
                 ]
                 if points:
                     ax.plot(*zip(*points, strict=True), color=color, **style)
-        ax.set(xlabel="million tokens", ylabel="nats a masked word")
+        ax.set(xlabel="million tokens", ylabel="nats per masked word")
         ax.legend(frameon=False)
         return drawing
 

@@ -94,7 +94,7 @@ LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
 def losses_shortened(
     model: bigs.BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
-    """Held-out losses on a text, nats a masked word, where all kernels end after a lag
+    """Held-out losses on a text, nats per masked word, where all kernels end after a lag
     of LAGS.
     """
     data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
@@ -125,7 +125,7 @@ def print_shortened(losses: dict[str, dict[str, float]]) -> None:
 def losses_without(
     model: bigs.BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
-    """Held-out losses on a text, nats a masked word: with all kernels, without any,
+    """Held-out losses on a text, nats per masked word: with all kernels, without any,
     without each, and without both of each layer.
     """
     data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
