@@ -7364,10 +7364,10 @@ def show_recipes():
     for name, run in (("twin", published), ("annotated", ours)):
         tokens = reached(run["history"], run["recipe"], loss)
         steps = 1e6 * tokens / (run["recipe"]["batch"] * run["recipe"]["length"])
-        seconds = step_seconds(name)
+        minutes = steps * step_seconds(name) / 60
         print(
             f"{name:10s} reached {loss:.3f} after {tokens:5.1f} million tokens,"
-            f" {steps:6,.0f} steps of {seconds:.3f} s: {steps * seconds / 60:.0f} minutes"
+            f" {steps:6,.0f} steps, {minutes:.0f} minutes"
         )
     print(f"annotated ended at {ours['history'][-1]['heldout']:.3f}")
 
