@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -49,6 +50,15 @@ MISTAKES = {
     "recipe: 'soup' does not exist": (*BAD, "--recipe", "soup"),
     "precision: 'double' does not exist": (*BAD, "--precision", "double"),
     "steps: 0 is not positive": (*BAD, "--steps", "0"),
+    "block: 'cube' is unknown; choose one of gated": (*BAD, "--block", "cube"),
+    "there is no stack layer with routing free": (
+        *BAD,
+        *("--block", "stack", "--routing", "free"),
+    ),
+    "routing, pooler: these are given by --model": (
+        *BAD,
+        *("--model", "data/bigs-boxed", "--routing", "none"),
+    ),
     "flax_model.msgpack is missing": ("fill-mask", "[MASK]", "--model", "halfmodel"),
     "config.json is missing": ("fill-mask", "[MASK]", "--model", "data"),
     "top: 0 is not positive": ("fill-mask", "one of [MASK]", "--top", "0"),
@@ -157,6 +167,18 @@ def test_the_box_answers_at_once(project):
 
 
 @pytest.mark.slow
+def test_a_new_model_may_have_another_architecture():
+    asked = commands.Architecture("stack", "attention", "cls")
+    config = asked.of(bigs.tiny)
+    wanted = replace(bigs.RIVALS["stacked, attention (BERT)"], pre_norm=True)
+    for field in ("block", "routing", "pooler_type"):
+        assert getattr(config, field) == getattr(wanted, field)
+    assert config.intermediate_size == 4 * config.hidden_size
+    layer = bigs.one_layer(config, bigs.nnx.Rngs(0))
+    assert isinstance(layer, bigs.StackAttentionLayer)
+    assert commands.Architecture().of(bigs.tiny) == bigs.tiny
+
+
 def test_figures_are_redrawn(project):
     printed(project, "figures")
     drawn = {path.name for path in (project / "figures").glob("*.png")}

@@ -267,6 +267,8 @@ class Changes:
         steps: number of steps (the paper: 100,000 in the documented run).
         batch: rows in a batch (the paper: 760 to 1136).
         learning_rate: its peak (the paper: 2e-4 to 8e-4).
+        start: standard deviation of fresh weights (the paper: 0.02); default: the
+            recipe's or that of the size.
         accumulate: parts of a batch that are computed one after the other, to save
             memory.
         remat: recompute layers in the backward pass, to save memory.
@@ -281,6 +283,7 @@ class Changes:
     steps: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
+    start: float | None = None
     accumulate: int | None = None
     remat: bool | None = None
     shard: bool | None = None
@@ -295,6 +298,45 @@ class Changes:
             field: value for field, value in asdict(self).items() if value is not None
         }
         return replace(recipe, seed=seed, **given)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a new model is made of; what is not given is the size's.
+
+    Args:
+        block: gated or stack (or, of workshop/arms.py, sum, single or stack-gelu); a
+            stack's feed-forward layers are four times as wide as the model.
+        routing: ssm, attention or none (or free: kernels that are no SSM's).
+        pooler: non_padding_mean, mean or cls; how a text becomes one vector in
+            fine-tuning.
+    """
+
+    block: str | None = None
+    routing: str | None = None
+    pooler: str | None = None
+
+    def of(self, config: bigs.Config) -> bigs.Config:
+        """The config with these; UserError for a layer that does not exist.
+
+        >>> Architecture(block="stack", routing="free").of(bigs.tiny)
+        Traceback (most recent call last):
+        annotated_bigs.UserError: block: there is no stack layer with routing free
+        """
+        given = {
+            "block": self.block,
+            "routing": self.routing,
+            "pooler_type": self.pooler,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        if str(self.block).startswith("stack"):
+            changes["intermediate_size"] = 4 * config.hidden_size
+        config = replace(config, **changes)
+        if (config.block, config.routing) not in bigs.LAYERS:
+            raise bigs.UserError(
+                f"block: there is no {config.block} layer with routing {config.routing}"
+            )
+        return config
 
 
 def model_for(
@@ -326,6 +368,7 @@ def command_pretrain(
     output: Path,
     reading: Reading,
     changes: Changes,
+    architecture: Architecture,
     size: str = "mini",
     recipe: str = "documented",
     model: str | None = None,
@@ -356,7 +399,11 @@ def command_pretrain(
         json: also add the log of the finished run to this file, under the name of the
             output folder.
     """
-    config = bigs.choose(bigs.SIZES, "size", size)
+    config = architecture.of(bigs.choose(bigs.SIZES, "size", size))
+    if model is not None and architecture != Architecture():
+        raise bigs.UserError(
+            "block, routing, pooler: these are given by --model; leave them out"
+        )
     plan = changes.of(bigs.choose(bigs.RECIPES, "recipe", recipe), seed)
     if precision is not None:
         bigs.choose({"float32": 0, "bfloat16": 0}, "precision", precision)

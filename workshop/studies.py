@@ -94,8 +94,8 @@ LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
 def losses_shortened(
     model: bigs.BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
-    """Held-out losses on a text, nats per masked word, where all kernels end after a lag
-    of LAGS.
+    """Held-out losses on a text, in nats per masked word, where all kernels end after a
+    lag of LAGS.
     """
     data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
     return {
