@@ -665,9 +665,9 @@ def show_sentence():
 #
 # $$ x'(t) = A\,x(t) + B\,u(t), \qquad y(t) = C\,x(t) + D\,u(t). \tag{1} $$
 #
-# $A$ says how the summary evolves when left alone, $B$ how the input is written into it, $C$ how an
-# answer is read out of it. $D$ lets the input through unchanged. A weight on a spring with friction
-# is a state space of two numbers, its place and its speed; the input is a hand that pulls.
+# $A$ says how the summary evolves when left alone, $B$ how the input is written into it, $C$ how an answer is read out
+# of it. $D$ lets the input through unchanged. A weight on a spring with friction is a state space of two numbers, its
+# position and its speed; the input is a hand that pulls.
 #
 # Text comes in steps. Let a token last for a time $\Delta$, and hold its input constant for that
 # long. Then (1) can be solved exactly from one token to the next. This is the *zero-order hold*:
@@ -790,8 +790,8 @@ def ssm_scan(
 # Which rule is right? We have chosen to hold the input constant during a token. Under that choice the zero-order hold
 # is exact: only rounding remains, however long the step. The bilinear rule errs in proportion to $\Delta^3$ in a step.
 #
-# Watch both on a weight on a spring, of stiffness 4 and friction 0.6, which a constant input of 1 pulls to the place 1.
-# Its exact path comes from the eigenvectors of $A$: an eigenmode with eigenvalue $a$ responds to a unit input, from
+# Watch both on a weight on a spring, of stiffness 4 and friction 0.6, which a constant input of 1 pulls to the position
+# 1. Its exact path comes from the eigenvectors of $A$: an eigenmode with eigenvalue $a$ responds to a unit input, from
 # rest, with $(e^{at} - 1) / a$.
 
 # %%
@@ -803,7 +803,7 @@ SPRING = (
 
 
 def spring_steps(rule: Callable, dt: float, steps: int) -> np.ndarray:
-    """Place of the weight after each step of dt seconds.
+    """Position of the weight after each step of dt seconds.
 
     >>> bool(abs(spring_steps(discretize, 0.5, 80)[-1] - 1) < 1e-3)  # comes to rest
     True
@@ -813,7 +813,7 @@ def spring_steps(rule: Callable, dt: float, steps: int) -> np.ndarray:
 
 
 def spring_exact(t: np.ndarray) -> np.ndarray:
-    """Place at time t, from rest, by linear algebra in float64.
+    """Position at time t, from rest, by linear algebra in float64.
 
     >>> dots = spring_steps(discretize, 0.5, 8)
     >>> bool(np.allclose(dots, spring_exact(0.5 * np.arange(1, 9)), atol=1e-5))
@@ -846,9 +846,9 @@ def discretization_figure():
         (discretize, RED, "zero-order hold"),
         (discretize_bilinear, BLUE, "bilinear"),
     ):
-        places = spring_steps(rule, 0.4, len(ends))
-        ax.plot(ends, places, "o", ms=4, color=color, label=label)
-    ax.set(xlabel="seconds", ylabel="place of the weight")
+        positions = spring_steps(rule, 0.4, len(ends))
+        ax.plot(ends, positions, "o", ms=4, color=color, label=label)
+    ax.set(xlabel="seconds", ylabel="position of the weight")
     ax.legend(frameon=False, fontsize=8)
     return drawing
 
@@ -6417,9 +6417,9 @@ def draw_kernels():
 # decay as the cause; but the runs differ in more, and it was not tried by itself.
 #
 # Poles move less than they could. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400 *
-# (0.05 / 2 + 0.95 * 0.51) --> in that run. The real parts, all $-\tfrac12$ at the start, ended between -2.1<!-- =
-# way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->, so that
-# some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
+# (0.05 / 2 + 0.95 * 0.51) --> under `annotated`. There the real parts, all $-\tfrac12$ at the start, ended between
+# -2.1<!-- = way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max() -->,
+# so that some states fade sixteen times as fast as others. Of the imaginary parts, which lie up to 1,303<!-- =
 # way("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
 # abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->.
 #

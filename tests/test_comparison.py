@@ -114,3 +114,17 @@ def test_intervals_are_students():
     mean, half = comparison.paired(ours, theirs)
     assert mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
     assert half == pytest.approx((found.high - found.low) / 2)
+
+
+def test_the_kept_record_compares_like_with_like():
+    runs = comparison.read_record(bigs.DATA / "gates.jsonl")
+    assert len({run["text"] for run in runs}) == 1
+    counts = [run["parameters"] for run in runs]
+    assert max(counts) / min(counts) < 1.02
+    tried = [run for run in runs if run["seed"] == comparison.RATE_SEED]
+    assert len({run["tokens"] for run in tried}) == 1
+    for run in runs:
+        own = [other for other in tried if other["arm"] == run["arm"]]
+        assert len(own) == 4
+        best = min(own, key=lambda other: other["heldout"])
+        assert run in tried or run["rate"] == best["rate"]
