@@ -3776,7 +3776,7 @@ def running_tokens(
 
 
 def cut_rows(
-    blocks: Iterable[Int[np.ndarray, " tokens"]], tokenizer, L: int
+    blocks: Iterable[Int[np.ndarray, " _"]], tokenizer, L: int
 ) -> Iterator[Int[np.ndarray, "rows L"]]:
     """Running tokens, block by block, as rows of exactly L: [CLS], L - 2 of them,
     [SEP]. What does not fill a row waits for the next block.
@@ -5260,8 +5260,8 @@ def loss_figure():
     recipe = RECIPES["demonstration"]
     history = results()["history"]
     for key, style in (
-        ("loss", dict(color=GREY, lw=1)),
-        ("heldout", dict(color=RED, marker="o", lw=1)),
+        ("loss", dict(color=GREY, lw=1, label="training batches")),
+        ("heldout", dict(color=RED, marker="o", lw=1, label="held-out text")),
     ):
         points = [
             (r["step"] * recipe.batch * recipe.length / 1e6, r[key])
@@ -5269,8 +5269,9 @@ def loss_figure():
             if key in r
         ]
         ax.plot(*zip(*points, strict=True), **style)
-    ax.axhline(np.log(tiny.vocab_size), color=INK, ls="--", lw=0.7)
+    ax.axhline(np.log(tiny.vocab_size), color=INK, ls="--", lw=0.7, label="log 8192")
     ax.set(xlabel="million tokens", ylabel="nats per masked word")
+    ax.legend(frameon=False)
     return drawing
 
 

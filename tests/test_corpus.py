@@ -436,13 +436,13 @@ def write_shard(file, fields):
 
 def packed_by_hand(tokens, lengths, L):
     """Rows of L tokens of some rows of a shard, one token after another."""
-    running = []
+    stream = []
     for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
-        running += row[1 : length - 1]
+        stream += row[1 : length - 1]
         if length < len(row):
-            running.append(3)
-    count = len(running) // (L - 2)
-    body = np.array(running[: count * (L - 2)]).reshape(count, L - 2)
+            stream.append(3)
+    count = len(stream) // (L - 2)
+    body = np.array(stream[: count * (L - 2)]).reshape(count, L - 2)
     return np.pad(body, [(0, 0), (1, 1)], constant_values=[(0, 0), (2, 3)])
 
 
