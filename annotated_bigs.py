@@ -1235,7 +1235,7 @@ def draw_bases():
 #
 #    <details><summary>Answer</summary>
 #
-#    After $\ln 2 / 0.005 \approx 139$; that is longer than the rows we train on: `138 < np.log(2) / 0.005 < 139`.
+#    After $\ln 2 / 0.005$, about 139<!-- = np.log(2) / 0.005 --> tokens; that is longer than the rows we train on.
 #
 #    </details>
 #
@@ -1254,7 +1254,7 @@ def draw_bases():
 #
 #    <details><summary>Answer</summary>
 #
-#    A little over two turns, `2.07 < 0.01 * s4d_hippo(64).imag.max() / (2 * np.pi) < 2.08`. The kernel, which exists at
+#    A little over two turns, 2.07<!-- = 0.01 * s4d_hippo(64).imag.max() / (2 * np.pi) -->. The kernel, which exists at
 #    whole tokens only, shows the 0.07 that is left.
 #
 #    </details>
@@ -1713,9 +1713,9 @@ def convolve(
 #
 #    <details><summary>Answer</summary>
 #
-#    With the loop a token costs about $2Q + 8N(1 + 1/Q)$, least at $Q = \sqrt{4N} = 16$:
-#    `convolution_operations("blocks", 4096, Q=16) < 0.6 * convolution_operations("blocks", 4096)`. But that is a loop
-#    of `4096 // 16 == 256` small steps, and operations are not time.
+#    With the loop a token costs about $2Q + 8N(1 + 1/Q)$, least at $Q = \sqrt{4N} = 16$: 0.55<!-- =
+#    convolution_operations("blocks", 4096, Q=16) / convolution_operations("blocks", 4096) --> of what blocks of 256
+#    take. But that is a loop of `4096 // 16 == 256` small steps, and operations are not time.
 #
 #    </details>
 
@@ -4079,8 +4079,8 @@ def describe_batch():
 #    <details><summary>Answer</summary>
 #
 #    Of a row's 126 ordinary tokens 19 are masked, so one is passed over with probability $1 - 19/126$. That is below a
-#    tenth after 15 epochs: `14 < np.log(0.1) / np.log(1 - 19 / 126) < 15`. With masks drawn once it is masked in every
-#    epoch or in none.
+#    tenth after 15<!-- = np.ceil(np.log(0.1) / np.log(1 - 19 / 126)) --> epochs. With masks drawn once it is masked in
+#    every epoch or in none.
 #
 #    </details>
 #
@@ -4486,8 +4486,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 #
 #    <details><summary>Answer</summary>
 #
-#    The loss is the mean of two logarithms, `abs((np.log(10) + np.log(1000)) / 2 - np.log(100)) < 1e-9`. The perplexity
-#    is 100, the geometric mean.
+#    The loss is the mean of two logarithms, $(\ln 10 + \ln 1000) / 2 = \ln 100$, or 4.61<!-- = (np.log(10) +
+#    np.log(1000)) / 2 -->. The perplexity is 100, the geometric mean.
 #
 #    </details>
 #
@@ -4496,9 +4496,9 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 #    <details><summary>Answer</summary>
 #
 #    Each step multiplies it by one minus rate times decay. The rate averages half the peak in warm-up and 0.55 of it
-#    after: `0.19 < np.exp(-0.05 * 6e-4 * (2000 / 2 + 98_000 * 0.55)) < 0.2`, a fifth. The short demonstration, with
-#    larger rates, loses no more: two thirds stay of an embedding, `0.66 < np.exp(-0.1 * 4e-3 * (100 / 2 + 1900 * 0.51))
-#    < 0.67`, and a third of a matrix that Muon moves, `0.36 < np.exp(-0.1 * 0.01 * (100 / 2 + 1900 * 0.51)) < 0.37`.
+#    after: 0.19<!-- = np.exp(-0.05 * 6e-4 * (2000 / 2 + 98_000 * 0.55)) -->, a fifth. The short demonstration, with
+#    larger rates, loses no more: 0.67<!-- = np.exp(-0.1 * 4e-3 * (100 / 2 + 1900 * 0.51)) --> stays of an embedding,
+#    and 0.36<!-- = np.exp(-0.1 * 0.01 * (100 / 2 + 1900 * 0.51)) --> of a matrix that Muon moves.
 #
 #    </details>
 
@@ -5314,7 +5314,7 @@ def draw_loss():
 #    <details><summary>Answer</summary>
 #
 #    At most the steps since the last checkpoint, on average half of `RECIPES["documented"].save_every == 1000`. That is
-#    67 million tokens, `67 < 500 * 1048 * 128 / 1e6 < 68`, or half a percent of the run. One that gets a signal to stop
+#    67<!-- = 500 * 1048 * 128 / 1e6 --> million tokens, or half a percent of the run. One that gets a signal to stop
 #    loses nothing.
 #
 #    </details>
@@ -5323,7 +5323,7 @@ def draw_loss():
 #
 #    <details><summary>Answer</summary>
 #
-#    As if between 91 of 8192 equally likely ones: `91 < np.exp(np.log(8192) - 4.5) < 92`.
+#    As if between 91<!-- = np.exp(np.log(8192) - 4.5) --> of 8192 equally likely ones.
 #
 #    </details>
 
@@ -6137,9 +6137,9 @@ def show_glue():
 #
 #    <details><summary>Answer</summary>
 #
-#    One standard error is `0.024 < np.sqrt(0.8 * 0.2 / GLUE["rte"].rows["dev"]) < 0.025`. For two independent scores,
-#    two standard errors of the difference are more than six points, `2 * np.sqrt(2) * np.sqrt(0.8 * 0.2 / 277) > 0.06`.
-#    So this cannot be told. (Both answer the same questions, so a paired test would see somewhat more.)
+#    One standard error is 2.4<!-- = 100 * np.sqrt(0.8 * 0.2 / GLUE["rte"].rows["dev"]) --> points. For two independent
+#    scores, two standard errors of the difference are 6.8<!-- = 200 * np.sqrt(2 * 0.8 * 0.2 / GLUE["rte"].rows["dev"])
+#    --> points. So this cannot be told. (Both answer the same questions, so a paired test would see somewhat more.)
 #
 #    </details>
 #
@@ -6395,15 +6395,15 @@ def draw_kernels():
 # ### What moves a kernel
 #
 # How do kernels get where they are? Each is controlled by its step size, which stretches it as a whole, its poles, and
-# its read-outs. Of the model above no states were kept on the way, but of two runs of a six-layer sibling. In these,
-# step sizes moved in the one where weight decay reaches them and hardly in the other; frequencies stayed where HiPPO
-# put them; what is learned is how fast each fades, and how much of each is read.
+# its read-outs. Of the model above no states were kept on the way; of two runs of a six-layer sibling they were. In
+# these, step sizes moved in the one where weight decay reaches them and hardly in the other; frequencies stayed where
+# HiPPO put them; what is learned is how fast each fades, and how much of each is read.
 #
 # <details><summary>How we know</summary>
 #
 # One of the two is the *twin*, trained the way the published model was, SSMs decayed like everything else. The other
-# went by our recipe `annotated`, in which they are not. (It differs in more: optimizer, rates, masks, and less than
-# half the tokens.)
+# went by our recipe `annotated`, in which they are not. (The two differ in more: optimizer, rates, masks, and tokens
+# read.)
 #
 # The twin's step sizes all grew,<!-- if (way("twin")["step_sizes"][-1] > way("twin")["step_sizes"][0]).all() --> one of
 # them 4.2<!-- = (way("twin")["step_sizes"][-1] / way("twin")["step_sizes"][0]).max() --> times. That looks like
@@ -7318,13 +7318,13 @@ def show_screening():
 # zero is worth another 0.10<!-- = screened_gain("30 %, positions frozen") - screened_gain("masking 30 %") -->. Masking 40 %
 # (0.31<!-- = screened_gain("masking 40 %") -->) and a decay of 0.2 did slightly better still, and were not taken over.
 #
-# Muon beats AdamW by 0.20<!-- = best_screened("adamw") - best_screened("muon") -->, and AdamW with a start for the width,
-# $\epsilon$ of $10^{-8}$ and no dropout beats the published way by 0.17<!-- = best_screened("published") -
-# best_screened("adamw") -->; these two comparisons have one seed. The start alone, which we took for the cause, makes no
-# difference once Muon moves the matrices: its steps do not depend on how large a gradient is. What SSM rate, clipping,
-# $\beta_2$ and $\epsilon$ did lies within what two seeds differ by. Showing 5 % of the chosen words as they are, in place
-# of 10 %, changes nothing. Showing none of them does harm: such a model learns nothing of unchanged words, which the
-# held-out rows ask for.
+# Muon beats AdamW by 0.20<!-- = best_screened("adamw") - best_screened("muon") -->, and AdamW with a start for the
+# width, $\epsilon$ of $10^{-8}$ and no dropout beats the published way by 0.17<!-- = best_screened("published") -
+# best_screened("adamw") -->; these two comparisons have one seed. The start alone, which we took for the cause, makes
+# no difference once Muon moves the matrices: its steps do not depend on how large a gradient is. What SSM rate,
+# clipping, $\beta_2$ and $\epsilon$ did lies within what two seeds differ by. Showing 5 % of the chosen words as they
+# are, in place of 10 %, changes nothing. Showing none of them does harm: such a model learns nothing of unchanged
+# words, which occur in the held-out rows.
 #
 # The recipe `annotated` takes from this Muon, 30 %, the empty table, and no dropout; $\beta_2$ and $\epsilon$ stay as
 # published. Here is the size `twin` under both recipes, one run each. A part of the difference may be the rate: the twin

@@ -3,11 +3,12 @@ the published way beside ours.
 """
 
 import contextlib
+import functools
 import itertools
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -96,17 +97,22 @@ def planned_gigabytes(compiled) -> float:
     ) / 1e9
 
 
+def random_rows(config: bigs.Config, recipe: bigs.Recipe) -> bigs.Rows:
+    """As many rows of random words as a batch has.
+
+    >>> random_rows(bigs.tiny, bigs.Recipe(batch=3)).tokens.shape
+    (3, 128)
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
+    return bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
+
+
 def compiled_program(what: str, config: bigs.Config, L: int, batch: int) -> Program:
     """One of KINDS, compiled for this device and for random input."""
     if what == "model, training":
         recipe = replace(bigs.RECIPES["demonstration"], batch=batch, length=L)
-        rng = np.random.default_rng(0)
-        rows = bigs.Rows(
-            rng.integers(5, config.vocab_size, (batch, L)),
-            config.vocab_size,
-            4,
-            (0, 2, 3),
-        )
+        rows = random_rows(config, recipe)
         function = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
         inputs = [
             bigs.fresh_state(config, recipe),
@@ -308,9 +314,7 @@ def factor_speeds(
     kinds |= {f"only {way} changed": tuple(w for w in WAYS if w != way) for way in WAYS}
     kinds |= {f"all but {way} changed": (way,) for way in WAYS}
     kinds["ours, layers in a loop"] = ("layers in a loop",)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
-    rows = bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
+    rows = random_rows(config, recipe)
     programs = {}
     seconds = {}
     losses = {}
@@ -345,15 +349,19 @@ def factor_speeds(
     }
 
 
-def step_seconds(config: bigs.Config, recipe: bigs.Recipe, steps: int = 8) -> float:
-    """Median seconds of a fast step, after two that are not counted.
+def median_step(
+    size: str, recipe: bigs.Recipe, keep: bool = True, steps: int = 8
+) -> float:
+    """Median seconds of a fast step, after two that are not counted. In a process of
+    its own, that process keeps its memory or not.
 
-    >>> step_seconds(bigs.Config(50, 8, 1, 24, num_ssm=4), bigs.Recipe(batch=2)) > 0
+    >>> median_step("tiny", bigs.Recipe(batch=1, length=8), steps=1) > 0
     True
     """
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, config.vocab_size, (recipe.batch, recipe.length))
-    rows = bigs.Rows(tokens, config.vocab_size, 4, (0, 2, 3))
+    if keep:
+        bigs.keep_memory()
+    config = bigs.configured(bigs.SIZES[size], recipe)
+    rows = random_rows(config, recipe)
     state = bigs.fresh_state(config, recipe)
     step = bigs.make_step(recipe, bigs.fast_loss_of(recipe))
     times = []
@@ -365,49 +373,38 @@ def step_seconds(config: bigs.Config, recipe: bigs.Recipe, steps: int = 8) -> fl
     return float(np.median(times[2:]))
 
 
-STEP = """
-import annotated_bigs as bigs
-from workshop import benchmark
-if {keep}:
-    bigs.keep_memory()
-recipe = {recipe}
-config = bigs.configured(bigs.SIZES[{size!r}], recipe)
-print(benchmark.step_seconds(config, recipe))
-"""
+def in_turns(
+    programs: dict[str, Callable[[], float]], repeats: int
+) -> dict[str, list[float]]:
+    """What functions return, in turns, each call in a fresh process.
 
-
-def seconds_in_turns(codes: dict[str, str], repeats: int) -> dict[str, list[float]]:
-    """What processes print that run one program each, in turns.
-
-    >>> seconds_in_turns({"one": "print(1)", "two": "print(2)"}, 2)
-    {'one': [1.0, 1.0], 'two': [2.0, 2.0]}
+    >>> in_turns({"one": functools.partial(float, 1)}, 2)
+    {'one': [1.0, 1.0]}
     """
-    found: dict[str, list[float]] = {kind: [] for kind in codes}
-    for _, (kind, code) in itertools.product(range(repeats), codes.items()):
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=bigs.HERE, capture_output=True, text=True, check=True
-        )
-        found[kind].append(float(done.stdout.split()[-1]))
+    found: dict[str, list[float]] = {kind: [] for kind in programs}
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as process:
+        for _, kind in itertools.product(range(repeats), programs):
+            found[kind].append(process.submit(programs[kind]).result())
     return found
 
 
 def kept_memory_speed(size: str, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of a step in processes with `keep_memory` and without."""
-    recipe = f"bigs.Recipe(batch={batch})"
-    codes = {
-        kind: STEP.format(keep=kind == "kept", recipe=recipe, size=size)
-        for kind in ("kept", "returned")
+    recipe = bigs.Recipe(batch=batch)
+    programs = {
+        "kept": functools.partial(median_step, size, recipe),
+        "returned": functools.partial(median_step, size, recipe, keep=False),
     }
-    return seconds_in_turns(codes, repeats)
+    return in_turns(programs, repeats)
 
 
 def recipe_speeds(
     size: str, recipes: tuple[str, ...], repeats: int
 ) -> dict[str, list[float]]:
     """Seconds of a step of some recipes."""
-    codes = {
-        name: STEP.format(keep=True, recipe=f"bigs.RECIPES[{name!r}]", size=size)
+    programs = {
+        name: functools.partial(median_step, size, bigs.RECIPES[name])
         for name in recipes
     }
-    return seconds_in_turns(codes, repeats)
+    return in_turns(programs, repeats)

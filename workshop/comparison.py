@@ -42,15 +42,30 @@ def read_record(file: Path) -> list[dict[str, Any]]:
     runs = []
     lines = file.read_text().splitlines() if file.exists() else []
     for number, line in enumerate(lines, 1):
-        try:
-            run = json.loads(line)
-            runs.append({"arm": run["arm"], "seed": run["seed"]} | run)
-        except (KeyError, TypeError, ValueError) as error:
+        run = read_run(line)
+        if run is None:
             raise bigs.UserError(
-                f"{file}, line {number}: no run of a comparison ({error!r}); delete the"
-                " line, or choose another record"
-            ) from None
+                f"{file}, line {number}: no run of a comparison; delete the line, or"
+                " choose another record"
+            )
+        runs.append(run)
     return runs
+
+
+def read_run(line: str) -> dict[str, Any] | None:
+    """The run of a line, or None if there is none.
+
+    >>> read_run('{"arm": "gated SSM", "seed": 0}')["seed"]
+    0
+    >>> read_run("[]") is None
+    True
+    """
+    try:
+        run = json.loads(line)
+    except ValueError:
+        return None
+    is_run = isinstance(run, dict) and {"arm", "seed"} <= run.keys()
+    return run if is_run else None
 
 
 def add_to_record(file: Path, run: dict[str, Any]) -> None:
