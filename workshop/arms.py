@@ -14,17 +14,26 @@ import annotated_bigs as bigs
 from annotated_bigs import along, dense, gelu, gelu_exact, mix_channels, mix_tokens
 
 
+def before(layer: bigs.GatedLayer, x):
+    """What the branches of a layer read: its input, normed if that comes first."""
+    return layer.norm(x) if layer.config.pre_norm else x
+
+
+def after(layer: bigs.GatedLayer, y):
+    """What a layer puts out: normed if that comes last."""
+    return y if layer.config.pre_norm else layer.norm(y)
+
+
 class SumLayer(bigs.GatedLayer):
     """A gated layer that adds U1 and U2 of (9) in place of multiplying them."""
 
     def __call__(self, x, mask):
-        h = self.norm(x) if self.config.pre_norm else x
+        h = before(self, x)
         V = gelu(self.W_v(h))
         U1 = self.W_u1(self.forward(gelu(self.W_f(h)), mask))
         U2 = self.W_u2(self.backward(gelu(self.W_b(h)), mask))
         U = gelu(self.W_u(U1 + U2))
-        y = x + self.W_o(U * V)
-        return y if self.config.pre_norm else self.norm(y)
+        return after(self, x + self.W_o(U * V))
 
 
 class SingleLayer(bigs.GatedLayer):
@@ -35,11 +44,11 @@ class SingleLayer(bigs.GatedLayer):
         del self.W_v
 
     def __call__(self, x, mask):
-        h = self.norm(x) if self.config.pre_norm else x
+        h = before(self, x)
         U1 = self.W_u1(self.forward(gelu(self.W_f(h)), mask))
         U2 = self.W_u2(self.backward(gelu(self.W_b(h)), mask))
-        y = x + self.W_o(gelu(self.W_u(U1 * U2)))
-        return y if self.config.pre_norm else self.norm(y)
+        U = gelu(self.W_u(U1 * U2))
+        return after(self, x + self.W_o(U))
 
 
 class StackGeluLayer(bigs.StackLayer):
@@ -86,8 +95,7 @@ def _(layer: SumLayer, x, h, past, future):
     U1 = dense(layer.W_u1, past)
     U2 = dense(layer.W_u2, future)
     U = gelu(dense(layer.W_u, U1 + U2))
-    y = x + dense(layer.W_o, U * V)
-    return y if layer.config.pre_norm else layer.norm(y)
+    return after(layer, x + dense(layer.W_o, U * V))
 
 
 @mix_channels.register
@@ -95,8 +103,7 @@ def _(layer: SingleLayer, x, h, past, future):
     U1 = dense(layer.W_u1, past)
     U2 = dense(layer.W_u2, future)
     U = gelu(dense(layer.W_u, U1 * U2))
-    y = x + dense(layer.W_o, U)
-    return y if layer.config.pre_norm else layer.norm(y)
+    return after(layer, x + dense(layer.W_o, U))
 
 
 @mix_tokens.register
