@@ -69,16 +69,16 @@ def test_the_kept_kernels_are_those_of_the_model(model):
     assert kept["finetuned"].shape == (8, 2, 128)
 
 
-@pytest.mark.parametrize("name", ["twin", "annotated"])
+@pytest.mark.parametrize("name", ["documented-small", "annotated"])
 def test_the_kept_ways_are_those_of_their_recipes(name):
     kept = bigs.way(name)
     recipe = bigs.RECIPES[name]
     checkpoints = len(kept["tokens"])
     assert kept["step_sizes"].shape == (checkpoints, 6, 2)
-    assert kept["poles"].shape == (checkpoints, 6, 2, bigs.twin.num_ssm)
+    assert kept["poles"].shape == (checkpoints, 6, 2, bigs.small.num_ssm)
     assert kept["tokens"][0] == 0
     assert kept["tokens"][-1] == recipe.tokens
-    fresh = bigs.fresh_state(bigs.twin, recipe).model
+    fresh = bigs.fresh_state(bigs.small, recipe).model
     for side, ssm in enumerate(
         (fresh.encoder.layers.forward, fresh.encoder.layers.backward)
     ):
@@ -92,8 +92,8 @@ def test_the_kept_ways_are_those_of_their_recipes(name):
     ("name", "size", "file"),
     [
         ("boxed", "boxed", "bigs-boxed/training"),
-        ("twin", "twin", "twin"),
-        ("annotated", "twin", "annotated"),
+        ("documented-small", "small", "documented-small"),
+        ("annotated", "small", "annotated"),
     ],
 )
 def test_a_training_was_its_recipe_and_went_down(name, size, file):
@@ -124,7 +124,7 @@ def readme():
 def test_losses_that_are_told_were_measured(card, readme):
     """Every number with three decimals is a measured loss."""
     values = [found["nothing"] for found in bigs.boxed_reading()["losses"].values()]
-    runs = bigs.boxed_training(), bigs.measured("twin")["twin"]
+    runs = bigs.boxed_training(), bigs.measured("documented-small")["documented-small"]
     for run in runs:
         values += [
             record["heldout"] for record in run["history"] if "heldout" in record

@@ -325,9 +325,9 @@ COMMANDS = {}
 # In GOOD room 1 uses a tool of the appendix, to keep the document small.
 GOOD = GOOD.replace("import math\n", "import math\n\nfigure = COMMANDS = None\n")
 GOOD = GOOD.replace(
-    "## 1.", "".join(f"## {n}. Room\n# " for n in range(1, 16)) + "## 16.", 1
+    "## 1.", "".join(f"## {n}. Room\n# " for n in range(1, 17)) + "## 17.", 1
 )
-GOOD = GOOD.replace("#1-room-of-math", "#16-room-of-math")
+GOOD = GOOD.replace("#1-room-of-math", "#17-room-of-math")
 
 
 @pytest.fixture
@@ -367,12 +367,12 @@ BREAKS = [
     ("check_rooms", "Appendix A.", "Appendix B.", "rooms are"),
     ("check_appendix_tags", ' tags=["appendix"]', "", "tags are"),
     ("check_appendix_tags", "# %%\nclass", '# %% tags=["appendix"]\nclass', "tags are"),
-    ("check_names", CELL, CELL + "Model\n", "Model comes from room 16"),
+    ("check_names", CELL, CELL + "Model\n", "Model comes from room 17"),
     (
         "check_names",
         "return x / SCALE",
         "return x / Model.rate",
-        "Model comes from room 16",
+        "Model comes from room 17",
     ),
     (
         "check_names",
@@ -409,7 +409,7 @@ BREAKS = [
     ("check_markup", "and $x^2$", "and $x^2 $", "space beside $"),
     ("check_markup", "and $x^2$", "as [@gu2022] says", "raw [@gu2022]"),
     ("check_markup", "and $x^2$", "`>>> half(2)`", "doctest in prose"),
-    ("check_links", "#16-room-of-math", "#16-room", "nothing at '#16-room'"),
+    ("check_links", "#17-room-of-math", "#17-room", "nothing at '#17-room'"),
     ("check_links", "(notes.md)", "(note.md)", "nothing at 'note.md'"),
     (
         "check_links",

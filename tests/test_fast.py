@@ -28,8 +28,10 @@ KINDS = {
     },
     "stacked, pre-norm": {"block": "stack"},
     "free kernels": {"routing": "free"},
+    "an SSM a channel": {"routing": "channels"},
     "sum for product": {"block": "sum"},
     "without V": {"block": "single"},
+    "no product": {"block": "no-product"},
     "stacked, GELU": {"block": "stack-gelu"},
 }
 MOST = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 0.1)}

@@ -13,7 +13,7 @@ import annotated_bigs as bigs
 from workshop import arms, screening
 
 SMALL = replace(
-    bigs.twin,
+    bigs.small,
     vocab_size=60,
     hidden_size=16,
     intermediate_size=48,
@@ -24,7 +24,7 @@ SMALL = replace(
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    monkeypatch.setattr(bigs, "twin", SMALL)
+    monkeypatch.setattr(bigs, "small", SMALL)
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_a_folder_without_held_out_shards_is_named(tmp_path):
 @pytest.mark.parametrize("name", arms.of_one_size(bigs.tiny))
 def test_the_layers_of_a_comparison_have_a_plain_and_a_fast_form(name):
     small = replace(SMALL, num_attention_heads=2)
-    config = arms.of_one_size(small)[name]
+    config = arms.of_one_size(small)[name].config
     model = jax.tree.map(lambda w: 4 * w, bigs.BiGS(config))
     rows = bigs.Rows(np.arange(5, 45).reshape(4, 10), 60, 4, (0, 2, 3))
     batch = bigs.batch_at(rows, 4, 0, 0)

@@ -195,7 +195,7 @@ def test_recipes_are_those_of_the_paper():
         found = bigs.RECIPES[name].tokens
         assert abs(found - tokens) <= step / 2
         assert found % step == 0
-    for name in ("documented", "twin"):
+    for name in ("documented", "documented-small"):
         assert bigs.RECIPES[name].ssm_rate == 1.0
         assert bigs.RECIPES[name].ssm_decay
         assert bigs.RECIPES[name].start == 0.02

@@ -20,10 +20,10 @@ import numpy as np
 
 import annotated_bigs as bigs
 from workshop import benchmark, comparison, corpora, glue, grammar, running, studies
-from workshop.arms import of_one_size
+from workshop.arms import all_arms, of_one_size
 from workshop.tpu import layers_on_tpu, steps_on_tpu
 
-ARMS = of_one_size(bigs.tiny)
+ARMS = all_arms(bigs.tiny)
 
 
 def drawings() -> list[Callable]:
@@ -382,12 +382,12 @@ def command_pretrain(
 
     Args:
         output: folder for checkpoints, log and the finished model.
-        size: tiny, twin, boxed, mini, base or large (the paper's, 23 layers of 1024).
+        size: tiny, small, boxed, mini, base or large (the paper's, 23 layers of 1024).
         recipe: documented (the authors' run: 100,000 steps of 1048 x 128), short,
             medium or full (the paper's 11, 29 and 97 billion tokens), longer (their
             10,000 steps at 512), annotated (ours for small models, an hour or two on a
-            CPU), twin (the authors' way at that size), boxed (the model in the box, on
-            a GPU), demonstration (minutes on a CPU) or quarter-hour.
+            CPU), documented-small (the authors' way, for size small), boxed (the model
+            in the box, on a GPU), demonstration (minutes on a CPU) or quarter-hour.
         model: folder or hub name of a model to go on from, its size and vocabulary
             included.
         precision: of products, float32 or bfloat16; default: bfloat16 but on a CPU (the
@@ -547,7 +547,7 @@ def command_inspect(
 def command_compare(
     reading: Reading,
     size: str = "tiny",
-    arms: tuple[str, ...] = tuple(ARMS),
+    arms: tuple[str, ...] = tuple(of_one_size(bigs.tiny)),
     seeds: int = 3,
     first_seed: int = 0,
     steps: int = 2441,
@@ -565,8 +565,9 @@ def command_compare(
     killed.
 
     Args:
-        size: tiny, twin, boxed, mini, base or large.
-        arms: which to run; differences are to the first.
+        size: tiny, small, boxed, mini, base or large.
+        arms: which to run, also frozen SSM, free kernels, an SSM a channel, lin or
+            inv; differences are to the first.
         seeds: runs of each arm.
         first_seed: the seed of the first.
         steps: steps of a run.
@@ -589,13 +590,13 @@ def command_compare(
     config = replace(
         bigs.choose(bigs.SIZES, "size", size), vocab_size=len(rows.tokenizer)
     )
-    configs = of_one_size(config)
     texts = {name: glue.task_texts(name, data) for name in task}
     plan = comparison.Plan(size, steps, batch, rate_steps, rates, texts, most)
-    chosen = {arm: configs[arm] for arm in arms}
+    every_arm = all_arms(config)
+    chosen = {arm: every_arm[arm] for arm in arms}
     every = range(first_seed, first_seed + seeds)
     runs = comparison.compare(chosen, plan, rows, every, output, record)
-    comparison.print_comparison(runs)
+    bigs.print_contrasts(runs)
 
 
 def command_fill_mask(
@@ -827,8 +828,8 @@ def command_finetune(
 def print_seconds(what: str, seconds: dict[str, list[float]]) -> None:
     """A line for each kind.
 
-    >>> print_seconds("recipe", {"twin": [0.25, 0.3]})
-    recipe twin: 0.250, 0.300 s
+    >>> print_seconds("recipe", {"annotated": [0.25, 0.3]})
+    recipe annotated: 0.250, 0.300 s
     """
     for kind, values in seconds.items():
         print(f"{what} {kind}: {', '.join(f'{value:.3f}' for value in values)} s")
@@ -875,7 +876,7 @@ def command_benchmark(
     them for a TPU.
 
     Args:
-        size: tiny, twin, boxed, mini, base or large (the paper's); with --tpu
+        size: tiny, small, boxed, mini, base or large (the paper's); with --tpu
             always large.
         lengths: tokens of a text; default: 128 to 8192, doubling.
         tokens: tokens in a batch, unless one text is longer.

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import annotated_bigs as bigs
 from workshop import glue, running
+from workshop.arms import Arm
 
 RATE_SEED = 100  # of the runs that choose a learning rate
 
@@ -76,13 +75,13 @@ def add_to_record(file: Path, run: dict[str, Any]) -> None:
 
 
 def recipe_of(
-    plan: Plan, steps: int, rate: float, seed: int, length: int
+    plan: Plan, arm: Arm, steps: int, rate: float, seed: int, length: int
 ) -> bigs.Recipe:
-    """The recipe `annotated`, with a table of positions, without which attention cannot
-    tell places apart.
+    """The recipe `annotated` with the changes of an arm, and with a table of positions,
+    without which attention cannot tell places apart.
     """
     annotated = bigs.RECIPES["annotated"]
-    return replace(
+    recipe = replace(
         annotated,
         steps=steps,
         batch=plan.batch,
@@ -95,6 +94,7 @@ def recipe_of(
         save_every=max(1, steps // 5),
         keep=1,
     )
+    return replace(recipe, **arm.recipe)
 
 
 def task_score(
@@ -118,7 +118,6 @@ def task_score(
 
 
 def one_run(
-    arm: str,
     config: bigs.Config,
     plan: Plan,
     recipe: bigs.Recipe,
@@ -150,7 +149,7 @@ def one_run(
 
 
 def compare(
-    configs: dict[str, bigs.Config],
+    arms: dict[str, Arm],
     plan: Plan,
     data: bigs.Dataset,
     seeds: range,
@@ -161,9 +160,9 @@ def compare(
 
     length = data.heldout[0].input_ids.shape[1]
 
-    def done(arm, steps, rate, seed):
+    def done(name, steps, rate, seed):
         key = {
-            "arm": arm,
+            "arm": name,
             "seed": seed,
             "size": plan.size,
             "tokens": steps * plan.batch * length,
@@ -173,77 +172,18 @@ def compare(
         for run in read_record(record):
             if key.items() <= run.items():
                 return run
-        folder = output / f"{arm.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
-        recipe = recipe_of(plan, steps, rate, seed, length)
-        found = key | one_run(arm, configs[arm], plan, recipe, data, folder)
+        folder = output / f"{name.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
+        recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
+        found = key | one_run(arms[name].config, plan, recipe, data, folder)
         add_to_record(record, found)
         return found
 
-    best = dict.fromkeys(configs, plan.rates[0])
+    best = dict.fromkeys(arms, plan.rates[0])
     if len(plan.rates) > 1:
-        for arm in configs:
-            tried = [done(arm, plan.rate_steps, r, RATE_SEED) for r in plan.rates]
-            best[arm] = min(tried, key=lambda run: run["heldout"])["rate"]
+        for name in arms:
+            tried = [done(name, plan.rate_steps, r, RATE_SEED) for r in plan.rates]
+            best[name] = min(tried, key=lambda run: run["heldout"])["rate"]
     return [
-        done(arm, plan.steps, best[arm], seed)
-        for seed, arm in itertools.product(seeds, configs)
+        done(name, plan.steps, best[name], seed)
+        for seed, name in itertools.product(seeds, arms)
     ]
-
-
-def paired(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """The mean of paired differences, and half of Student's 95 % interval of it.
-
-    >>> mean, half = paired([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
-    >>> mean, round(half, 2)
-    (2.0, 2.48)
-    """
-    from scipy import stats
-
-    differences = np.subtract(ours, theirs)
-    n = len(differences)
-    quantile = stats.t.ppf(0.975, n - 1)
-    return float(differences.mean()), float(
-        quantile * differences.std(ddof=1) / np.sqrt(n)
-    )
-
-
-def values_of(runs: list[dict[str, Any]], what: str) -> dict[str, list[float]]:
-    """The held-out loss of runs, or the score of a task, by arm and in the order of
-    seeds.
-
-    >>> values_of([{"arm": "gated SSM", "seed": 0, "heldout": 4.0}], "heldout")
-    {'gated SSM': [4.0]}
-    """
-    values: dict[str, list[float]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        value = run[what] if what == "heldout" else run["tasks"][what]["score"]
-        values.setdefault(run["arm"], []).append(value)
-    return values
-
-
-def print_comparison(runs: list[dict[str, Any]]) -> None:
-    """For the loss and each task the mean of every arm, and its difference from the
-    first one's, seed by seed, with a 95 % interval.
-
-    >>> arms = ("gated SSM", 3.0), ("gated SSM", 3.2), ("no routing", 4.1)
-    >>> runs = [
-    ...     {"arm": arm, "seed": n % 2, "heldout": loss, "tasks": {}}
-    ...     for n, (arm, loss) in enumerate([*arms, ("no routing", 4.4)])
-    ... ]
-    >>> print_comparison(runs)
-    heldout
-      gated SSM                 3.100
-      no routing                4.250  +1.150 +- 0.635
-    """
-    for what in ("heldout", *runs[0]["tasks"]):
-        print(what)
-        values = values_of(runs, what)
-        first = next(iter(values.values()))
-        for arm, found in values.items():
-            line = f"  {arm:24s}{np.mean(found):7.3f}"
-            if found is not first and len(found) == len(first):
-                mean = np.mean(np.subtract(found, first))
-                line += f"  {mean:+.3f}"
-            if found is not first and len(found) == len(first) > 1:
-                line += f" +- {paired(found, first)[1]:.3f}"
-            print(line)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import annotated_bigs as bigs
 from annotated_bigs import by_path, is_matrix
 
-WIDTH_RULE = bigs.start_for(bigs.twin.hidden_size)
+WIDTH_RULE = bigs.start_for(bigs.small.hidden_size)
 SEED_OF_RATES = 100  # learning rates are chosen on this seed, which is not used again
 TOKENS = 4_096_000
 SEEDS = (1, 2, 3)  # of what is measured again
@@ -343,7 +343,7 @@ def programs(config: bigs.Config, optimizer: str) -> tuple[Callable, ...]:
 def shape_of(run: Run) -> tuple:
     """What runs have to share to be made side by side."""
     config = replace(
-        bigs.twin, hidden_dropout_prob=run.way.dropout, **dict(run.way.config)
+        bigs.small, hidden_dropout_prob=run.way.dropout, **dict(run.way.config)
     )
     return config, run.way.optimizer, run.way.batches, run.tokens
 

@@ -13,33 +13,46 @@ from workshop import arms, corpora, running
 assert arms  # it adds the layers with free kernels
 
 
+def numbers_of(model: bigs.BiGS) -> dict[str, np.ndarray]:
+    """Step sizes and poles of a gated SSM model, (layers, 2) and (layers, 2, N), the
+    standard deviation of its encoder's output, and the root mean square of each layer's
+    $W_o$.
+
+    >>> found = numbers_of(bigs.BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4)))
+    >>> found["step_sizes"].shape, found["poles"].shape, found["sizes"].shape
+    ((1, 2), (1, 2, 4), (1,))
+    """
+    config = model.config
+    layers = model.encoder.layers
+    step_sizes = []
+    poles = []
+    for side in (layers.forward, layers.backward):
+        step_sizes.append(np.exp(side.log_step[...][:, 0]))
+        real = np.minimum(side.A_re[...], -1e-4)
+        poles.append(real + 1j * np.asarray(side.A_im[...]))
+    shape = 8, config.max_position_embeddings
+    words = np.random.default_rng(0).integers(5, config.vocab_size, shape)
+    output = model.encoder(words, np.ones(shape, bool))
+    squares = np.square(layers.W_o.kernel[...])
+    return {
+        "step_sizes": np.stack(step_sizes, 1),
+        "poles": np.stack(poles, 1).astype(np.complex64),
+        "spread": np.std(output),
+        "sizes": np.sqrt(squares.mean((1, 2))),
+    }
+
+
 def way_of(run: Path) -> dict[str, np.ndarray]:
     """Kernels at the start of a run; and at every checkpoint that was kept the tokens
-    read, step sizes, poles, the standard deviation of the encoder's output, and the
-    root mean square of each layer's $W_o$.
+    read, and `numbers_of` the model.
     """
     recipe = bigs.Recipe(**json.loads((run / "run.json").read_text())["recipe"])
     way = {}
     start = None
     for step, model in running.states_of(run, every=True):
-        layers = model.encoder.layers
-        config = model.config
         start = bigs.kernels_of(model) if start is None else start
-        words = np.random.default_rng(0).integers(
-            5, config.vocab_size, (8, config.max_position_embeddings)
-        )
-        sides = layers.forward, layers.backward
-        poles = [
-            np.minimum(s.A_re[...], -1e-4) + 1j * np.asarray(s.A_im[...]) for s in sides
-        ]
-        now = {
-            "tokens": step * recipe.batch * recipe.length,
-            "step_sizes": np.stack([np.exp(s.log_step[...][:, 0]) for s in sides], 1),
-            "poles": np.stack(poles, 1).astype(np.complex64),
-            "spread": np.std(model.encoder(words, np.ones(words.shape, bool))),
-            "sizes": np.sqrt(np.square(layers.W_o.kernel[...]).mean((1, 2))),
-        }
-        for name, value in now.items():
+        tokens = step * recipe.batch * recipe.length
+        for name, value in (numbers_of(model) | {"tokens": tokens}).items():
             way.setdefault(name, []).append(np.asarray(value))
     return {name: np.asarray(values) for name, values in way.items()} | {"start": start}
 
@@ -60,7 +73,7 @@ def shortened(model: bigs.BiGS, most: int) -> bigs.BiGS:
     }
     for side, name in enumerate(("forward", "backward")):
         path = "encoder", "layers", name
-        values[*path, "kernel"] = short[:, side]
+        values[*path, "lags"] = short[:, side]
         values[*path, "D"] = getattr(model.encoder.layers, name).D[...]
     free = bigs.BiGS(replace(model.config, routing="free"), model.task)
     return bigs.with_parameters(free, values)
@@ -129,15 +142,17 @@ def losses_without(
     without each, and without both of each layer.
     """
     data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
-    layers = model.config.num_hidden_layers
-    none = np.zeros((layers, 2), bool)
-    found = {"nothing": none, "all": ~none}
-    for layer, (side, name) in itertools.product(
-        range(layers), (([0], "forward"), ([1], "backward"), ([0, 1], "both"))
-    ):
-        found[f"layer {layer}, {name}"] = none.copy()
-        found[f"layer {layer}, {name}"][layer, side] = True
-    return {
-        name: bigs.evaluate(bigs.silenced(model, which), data, bigs.fast_loss)
-        for name, which in found.items()
-    }
+    layers = range(model.config.num_hidden_layers)
+    none = np.zeros((len(layers), 2), bool)
+    masks = {"nothing": none, "all": ~none}
+    sides = {"forward": [0], "backward": [1], "both": [0, 1]}
+    for layer, side in itertools.product(layers, sides):
+        mask = none.copy()
+        mask[layer, sides[side]] = True
+        masks[f"layer {layer}, {side}"] = mask
+
+    losses = {}
+    for name, mask in masks.items():
+        silent = bigs.silenced(model, mask)
+        losses[name] = bigs.evaluate(silent, data, bigs.fast_loss)
+    return losses

@@ -1,0 +1,116 @@
+"""Toy layers that look something up, and the statistics of what gates are worth."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+import annotated_bigs as bigs
+
+PAIRS = np.array([[0, 9, 18, 27, 36, 45], [47, 38, 29, 20, 11, 2]])
+STATIC = (bigs.toy_sum, bigs.toy_gelu, bigs.toy_product)
+
+
+def toy_logits(way, pairs, name, places=True):
+    toy = bigs.start_toy(jax.random.key(1), 8)
+    # Larger vectors than at the start, and a weight of its own for each place.
+    weights = jax.random.normal(jax.random.key(2), (7,))
+    toy = toy._replace(E=10 * toy.E, K=weights)
+    if not places:
+        toy = toy._replace(P=np.zeros((7, 8)))
+    texts = np.append(pairs, 64 + name)[None]
+    return np.asarray(bigs.toy_logits(way, toy, texts)[0])
+
+
+def change_by_name(way, pairs):
+    """By how much the logits change when another name is asked for."""
+    return toy_logits(way, pairs, 5) - toy_logits(way, pairs, 2)
+
+
+def test_in_a_sum_the_name_cannot_change_which_pair_counts():
+    changes = [change_by_name(bigs.toy_sum, pairs) for pairs in PAIRS]
+    np.testing.assert_allclose(*changes, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [bigs.toy_gelu, bigs.toy_product, bigs.toy_attention],
+    ids=lambda w: w.__name__,
+)
+def test_in_the_others_it_can(way):
+    changes = [change_by_name(way, pairs) for pairs in PAIRS]
+    assert np.max(np.abs(np.subtract(*changes))) > 0.1
+
+
+def test_attention_without_places_reads_a_set():
+    found = toy_logits(bigs.toy_attention, PAIRS[0], 5, places=False)
+    turned = toy_logits(bigs.toy_attention, PAIRS[0][::-1], 5, places=False)
+    np.testing.assert_allclose(found, turned, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", STATIC, ids=lambda way: way.__name__)
+def test_static_layers_read_by_distance(way):
+    found = toy_logits(way, PAIRS[0], 5, places=False)
+    turned = toy_logits(way, PAIRS[0][::-1], 5, places=False)
+    assert np.max(np.abs(found - turned)) > 0.1
+
+
+def test_contrasts_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    seeds = rng.permutation(5).tolist()
+    ours = dict(zip(seeds, rng.normal(size=5).tolist(), strict=True))
+    theirs = {seed: float(rng.normal()) for seed in range(6)}
+
+    found = bigs.contrast(ours, theirs)
+
+    first = [ours[seed] for seed in range(5)]
+    second = [theirs[seed] for seed in range(5)]
+    test = stats.ttest_rel(first, second)
+    interval = test.confidence_interval(0.95)
+    assert found.p == pytest.approx(test.pvalue)
+    assert found.mean - found.half == pytest.approx(interval.low)
+    assert found.mean + found.half == pytest.approx(interval.high)
+
+
+def test_one_seed_has_no_interval():
+    found = bigs.contrast({0: 2.0, 1: 9.0}, {0: 1.5})
+    assert found.mean == 0.5
+    assert np.isnan([found.half, found.p]).all()
+
+
+def test_no_difference_is_claimed_where_the_90_percent_interval_lies_within():
+    """That is what two one-sided tests at 5 % come to."""
+    rng = np.random.default_rng(0)
+    claimed = []
+    for _ in range(200):
+        differences = rng.normal(rng.uniform(-0.05, 0.05), 0.01, size=4)
+        error = differences.std(ddof=1) / 2
+        reach = stats.t.ppf(0.95, 3) * error
+        within = abs(differences.mean()) + reach < 0.03
+        assert (bigs.no_difference(differences, 0.03) < 0.05) == within
+        claimed.append(within)
+    assert 20 < sum(claimed) < 180
+
+
+def test_holm_rejects_as_the_procedure_does():
+    """Down from the smallest p value, until one is above its share of 5 %."""
+    rng = np.random.default_rng(0)
+    for n in itertools.chain([1, 2], rng.integers(3, 7, 100)):
+        p = rng.uniform(0, 0.06, n)
+        rejected = np.zeros(n, bool)
+        for rank, index in enumerate(np.argsort(p)):
+            if p[index] >= 0.05 / (n - rank):
+                break
+            rejected[index] = True
+        corrected = np.array(bigs.holm(p.tolist()))
+        assert (corrected < 0.05).tolist() == rejected.tolist()
+
+
+def test_the_kept_runs_of_a_seed_are_of_equal_length_and_size():
+    runs = bigs.longest(bigs.gate_runs())
+    assert len({run["tokens"] for run in runs}) == 1
+    assert len({len(run["curve"]) for run in runs}) == 1
+    assert all(run["heldout"] == run["curve"][-1][1] for run in runs)
+    assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
