@@ -6626,7 +6626,8 @@ def gates_figure():
         found = contrast(losses[arm], losses["gated SSM"])
         right.plot(found.differences, [row] * len(found.differences), ".", color=GREY)
         right.errorbar(found.mean, row, xerr=found.half, fmt="o", color=colors[arm])
-    right.set(yticks=range(len(rivals)), yticklabels=rivals, ylim=(-0.6, None))
+    rows = range(len(rivals))
+    right.set(yticks=rows, yticklabels=rivals, ylim=(-0.6, len(rivals) - 0.4))
     right.invert_yaxis()
     right.set_xlabel("loss above the gated SSM (nats)")
     return drawing
