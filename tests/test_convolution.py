@@ -18,8 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+from numpy.testing import assert_allclose
 
 import annotated_bigs as bigs
+from annotated_bigs import (
+    carry_by_matrix,
+    carry_states,
+    convolution_operations,
+    convolve,
+    convolve_blocks,
+    ssm_kernel,
+)
 
 NAMES = ("A_re", "A_im", "C", "D", "log_step")
 WAYS = ("direct", "toeplitz", "fft", "blocks")
@@ -143,16 +152,19 @@ def exact(u, w, s, past, z=None):
     both_ways = scipy.signal.fftconvolve(w, u[::-1], axes=0)
     by_lag = both_ways[L - 1 :].sum(1)
     # Its sums over l with e^(l z) and with l e^(l z).
+    lags = np.arange(L)
     faded = fades @ by_lag
-    aged = fades @ (np.arange(L) * by_lag)
+    aged = fades @ (lags * by_lag)
     by_C = write * faded
     write_by_A = (dt * np.exp(z) - write) / A
     by_A = C * (write_by_A * faded + write * dt * aged)
     write_by_dt = np.exp(z)
     by_dt = C * (write_by_dt * faded + write * A * aged)
+    y = slide(u)
+    by_u = slide(w[::-1])[::-1]
     return {
-        "y": slide(u)[::turn],
-        "u": slide(w[::-1])[::-1][::turn],
+        "y": y[::turn],
+        "u": by_u[::turn],
         "A_re": by_A.real,
         "A_im": -by_A.imag,
         "C": np.stack([by_C.real, -by_C.imag], 1),
@@ -283,15 +295,15 @@ def ways(L, block, past):
 
     def with_kernel(way):
         def run(u, s):
-            K = bigs.ssm_kernel(s, u.shape[-2])
+            K = ssm_kernel(s, u.shape[-2])
             return way(u, K.at[0].add(s.D), past)
 
         return run
 
     def blocks(u, s):
         few = L <= bigs.FEW_BLOCKS * block
-        carry = bigs.carry_by_matrix if few else bigs.carry_states
-        return bigs.convolve_blocks(u, s, block, past, carry)
+        carry = carry_by_matrix if few else carry_states
+        return convolve_blocks(u, s, block, past, carry)
 
     found = {"fft": with_kernel(bigs.convolve_fft), "blocks": blocks}
     if L <= 4096:
@@ -451,7 +463,7 @@ def test_many_blocks_and_few(block, past):
     check(p, 1030, block, past, "float32", only="blocks", channels=3)
 
 
-@pytest.mark.parametrize("carry", [bigs.carry_states, bigs.carry_by_matrix])
+@pytest.mark.parametrize("carry", [carry_states, carry_by_matrix])
 @pytest.mark.parametrize("past", [True, False])
 @pytest.mark.parametrize("blocks", [1, 5, 64, 65])
 def test_states_are_carried_from_block_to_block(blocks, past, carry):
@@ -471,7 +483,7 @@ def test_states_are_carried_from_block_to_block(blocks, past, carry):
 
     wanted = np.concatenate([states.real, states.imag], -2)
     tolerance = 2e-5 * largest(written)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+    assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
 def long_kernel(N, dt):
@@ -513,7 +525,7 @@ def test_unwinding_saves_the_phase():
     weights = np.asarray(s.C) * B_bar
     naive = error((weights @ np.exp(phases)).real)
     recurrence = error(answer(one_by_one(True)))
-    kernel = error(bigs.ssm_kernel(s, L))
+    kernel = error(ssm_kernel(s, L))
     loop = error(answer(ways(L, 250, True)["blocks"]))
     product = error(answer(ways(L, 521, True)["blocks"]))
     assert naive > 6 * kernel
@@ -532,7 +544,7 @@ def test_blocks_off_the_diagonal_have_low_rank(make, rank):
     p["log_step"] = np.zeros(1, np.float32)
 
     impulses = np.eye(96, dtype=np.float32)
-    T = np.asarray(bigs.convolve_blocks(impulses, system(p), 16))
+    T = np.asarray(convolve_blocks(impulses, system(p), 16))
 
     for off in (T[48:96, 0:48], T[32:96, 0:16]):
         values = np.linalg.svd(off.astype(float), compute_uv=False)
@@ -568,16 +580,18 @@ on_a_cpu = pytest.mark.skipif(
     [(300, 256), (4096, 256), (4096, 64), (2050, 128), (100, 256), (130 * 64, 64)],
 )
 def test_operations_of_blocks_are_the_compilers(L, Q):
-    counted = operations_a_channel(ways(L, Q, True)["blocks"], L)
-    ours = bigs.convolution_operations("blocks", L, Q=Q)
+    way = ways(L, Q, True)["blocks"]
+    counted = operations_a_channel(way, L)
+    ours = convolution_operations("blocks", L, Q=Q)
     assert counted == pytest.approx(ours, rel=0.03)
 
 
 @on_a_cpu
 @pytest.mark.parametrize("L", [128, 1000])
 def test_operations_of_the_matrix_are_the_compilers(L):
-    counted = operations_a_channel(ways(L, 0, True)["toeplitz"], L)
-    ours = bigs.convolution_operations("toeplitz", L)
+    way = ways(L, 0, True)["toeplitz"]
+    counted = operations_a_channel(way, L)
+    ours = convolution_operations("toeplitz", L)
     assert counted == pytest.approx(ours, rel=0.03)
 
 
@@ -603,7 +617,7 @@ def test_jacobian_is_the_triangle(way, past):
     T = scipy.linalg.toeplitz(K, np.zeros(L))
     rounding = np.finfo(np.float32).eps
     tolerance = 16 * rounding * np.abs(K).sum()
-    np.testing.assert_allclose(J, T, rtol=0, atol=tolerance)
+    assert_allclose(J, T, rtol=0, atol=tolerance)
     if way != "fft":  # the FFT is causal only up to rounding
         assert np.all(np.triu(J, 1) == 0)
 
@@ -629,7 +643,8 @@ def test_reading_backward_is_reading_the_reversed_text(way):
 def test_a_batch_is_its_sentences(way, block, past):
     s = system(fresh(8, "hippo", 6))
     u = normal(6, 2, 3, 70, 2)
-    run = jax.jit(ways(70, block, past)[way])
+    convolve_so = ways(70, block, past)[way]
+    run = jax.jit(convolve_so)
 
     together = run(u, s)
 
@@ -645,12 +660,12 @@ def test_length_decides(L, way, past):
     s = system(fresh(4, "lin", 8))
     u = normal(8, L, 1)
 
-    found = bigs.convolve(u, s, past)
+    found = convolve(u, s, past)
 
-    by_name = bigs.convolve(u, s, past, way)
+    by_name = convolve(u, s, past, way)
     np.testing.assert_array_equal(found, by_name)
     if way == "blocks":
-        itself = bigs.convolve_blocks(u, s, 256, past)
+        itself = convolve_blocks(u, s, 256, past)
     else:
         itself = ways(L, 256, past)[way](u, s)
     np.testing.assert_array_equal(found, itself)
@@ -660,4 +675,4 @@ def test_unknown_algorithm():
     s = system(fresh(4, "lin", 8))
     u = normal(8, 4, 1)
     with pytest.raises(bigs.UserError, match="convolution: 'magic'"):
-        bigs.convolve(u, s, True, "magic")
+        convolve(u, s, True, "magic")

@@ -5,12 +5,15 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy import stats
 
 import annotated_bigs as bigs
+from annotated_bigs import contrast, toy_attention, toy_gelu, toy_product, toy_sum
 
 PAIRS = np.array([[0, 9, 18, 27, 36, 45], [47, 38, 29, 20, 11, 2]])
-STATIC = (bigs.toy_sum, bigs.toy_gelu, bigs.toy_product)
+TURNED = PAIRS[0][::-1]
+STATIC = (toy_sum, toy_gelu, toy_product)
 
 
 def toy_logits(way, pairs, name, places=True):
@@ -24,46 +27,52 @@ def toy_logits(way, pairs, name, places=True):
     return np.asarray(bigs.toy_logits(way, toy, texts)[0])
 
 
+def furthest(found, other):
+    """The largest difference of two arrays."""
+    return np.abs(found - other).max()
+
+
 def change_by_name(way, pairs):
     """By how much the logits change when another name is asked for."""
     return toy_logits(way, pairs, 5) - toy_logits(way, pairs, 2)
 
 
 def test_in_a_sum_the_name_cannot_change_which_pair_counts():
-    changes = [change_by_name(bigs.toy_sum, pairs) for pairs in PAIRS]
-    np.testing.assert_allclose(*changes, atol=1e-5)
+    changes = [change_by_name(toy_sum, pairs) for pairs in PAIRS]
+    assert_allclose(*changes, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "way",
-    [bigs.toy_gelu, bigs.toy_product, bigs.toy_attention],
+    [toy_gelu, toy_product, toy_attention],
     ids=lambda w: w.__name__,
 )
 def test_in_the_others_it_can(way):
     changes = [change_by_name(way, pairs) for pairs in PAIRS]
-    assert np.max(np.abs(np.subtract(*changes))) > 0.1
+    assert furthest(*changes) > 0.1
 
 
 def test_attention_without_places_reads_a_set():
-    found = toy_logits(bigs.toy_attention, PAIRS[0], 5, places=False)
-    turned = toy_logits(bigs.toy_attention, PAIRS[0][::-1], 5, places=False)
-    np.testing.assert_allclose(found, turned, atol=1e-5)
+    found = toy_logits(toy_attention, PAIRS[0], 5, places=False)
+    turned = toy_logits(toy_attention, TURNED, 5, places=False)
+    assert_allclose(found, turned, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", STATIC, ids=lambda way: way.__name__)
 def test_static_layers_read_by_distance(way):
     found = toy_logits(way, PAIRS[0], 5, places=False)
-    turned = toy_logits(way, PAIRS[0][::-1], 5, places=False)
-    assert np.max(np.abs(found - turned)) > 0.1
+    turned = toy_logits(way, TURNED, 5, places=False)
+    assert furthest(found, turned) > 0.1
 
 
 def test_contrasts_are_paired_by_seed():
     rng = np.random.default_rng(0)
     seeds = rng.permutation(5).tolist()
-    ours = dict(zip(seeds, rng.normal(size=5).tolist(), strict=True))
+    values = rng.normal(size=5).tolist()
+    ours = dict(zip(seeds, values, strict=True))
     theirs = {seed: float(rng.normal()) for seed in range(6)}
 
-    found = bigs.contrast(ours, theirs)
+    found = contrast(ours, theirs)
 
     first = [ours[seed] for seed in range(5)]
     second = [theirs[seed] for seed in range(5)]
@@ -75,7 +84,7 @@ def test_contrasts_are_paired_by_seed():
 
 
 def test_one_seed_has_no_interval():
-    found = bigs.contrast({0: 2.0, 1: 9.0}, {0: 1.5})
+    found = contrast({0: 2.0, 1: 9.0}, {0: 1.5})
     assert found.mean == 0.5
     assert np.isnan([found.half, found.p]).all()
 
@@ -110,7 +119,12 @@ def test_holm_rejects_as_the_procedure_does():
 
 def test_the_kept_runs_of_a_seed_are_of_equal_length_and_size():
     runs = bigs.longest(bigs.gate_runs())
-    assert len({run["tokens"] for run in runs}) == 1
-    assert len({len(run["curve"]) for run in runs}) == 1
-    assert all(run["heldout"] == run["curve"][-1][1] for run in runs)
-    assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
+    first = runs[0]
+    keys = set()
+    for run in runs:
+        _, last_loss = run["curve"][-1]
+        assert run["heldout"] == last_loss
+        assert run["tokens"] == first["tokens"]
+        assert len(run["curve"]) == len(first["curve"])
+        keys.add((run["arm"], run["seed"]))
+    assert len(keys) == len(runs)

@@ -53,7 +53,8 @@ def test_scores_are_those_of_the_definition(model, tokenizer):
 
 def test_a_tie_is_an_error_and_paradigms_count_alike(model, tokenizer, tmp_path):
     scores = grammar.sentence_scores(model, tokenizer, TEXTS)
-    better, worse = TEXTS[int(scores.argmax())], TEXTS[int(scores.argmin())]
+    better = TEXTS[int(scores.argmax())]
+    worse = TEXTS[int(scores.argmin())]
     file = tmp_path / "pairs.jsonl"
     lines = [line(better, worse), line(worse, better), line(better, better)]
     lines += [line(better, worse, "two")]

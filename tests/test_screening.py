@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 import annotated_bigs as bigs
 from workshop import arms, screening
+from workshop.screening import Run, Way
 
 SMALL = replace(
     bigs.small,
@@ -31,18 +33,19 @@ def small_models(monkeypatch):
 def data():
     tokens = np.random.default_rng(0).integers(5, 60, (64, 128))
     rows = bigs.Rows(tokens, 60, 4, (0, 2, 3))
-    return bigs.Dataset(None, rows, [bigs.batch_at(rows, 8, 9, 0)], "random", "r")
+    heldout = [bigs.batch_at(rows, 8, 9, 0)]
+    return bigs.Dataset(None, rows, heldout, "random", "r")
 
 
-def numbers(way: screening.Way, seed: int = 0, steps: int = 4) -> screening.Numbers:
-    return screening.in_numbers(screening.Run("", way, seed), SMALL, steps)
+def numbers(way: Way, seed: int = 0, steps: int = 4) -> screening.Numbers:
+    return screening.in_numbers(Run("", way, seed), SMALL, steps)
 
 
-def fresh(way: screening.Way) -> bigs.BiGS:
+def fresh(way: Way) -> bigs.BiGS:
     return screening.initial_model(SMALL, numbers(way))
 
 
-def moved(way: screening.Way, gradient: float) -> bigs.BiGS:
+def moved(way: Way, gradient: float) -> bigs.BiGS:
     """How far the second step moves each parameter under the same gradient for all."""
     model = fresh(way)
     inside = numbers(way)
@@ -54,44 +57,57 @@ def moved(way: screening.Way, gradient: float) -> bigs.BiGS:
     return updates
 
 
+def assert_alike(found, wanted, rtol, atol=1e-7):
+    """Two trees, leaf by leaf."""
+    found = jax.tree.leaves(found)
+    wanted = jax.tree.leaves(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
 def test_muon_takes_the_matrices_of_the_layers_and_adam_all_else():
-    updates = moved(screening.Way(rate=1.0, adam_rate=1e-3, decay=0.0), 1.0)
+    way = Way(rate=1.0, adam_rate=1e-3, decay=0.0)
+    updates = moved(way, 1.0)
     layers = updates.encoder.layers
     assert float(abs(layers.W_u.kernel[...]).max()) > 0.01
     for other in (layers.W_u.bias, layers.norm.scale, updates.encoder.words.embedding):
-        np.testing.assert_allclose(abs(other[...]), 1e-3, rtol=1e-3)
+        assert_allclose(abs(other[...]), 1e-3, rtol=1e-3)
 
 
 def test_each_layer_is_orthogonalized_by_itself():
-    updates = moved(screening.Way(rate=1.0, decay=0.0), 1.0)
+    way = Way(rate=1.0, decay=0.0)
+    updates = moved(way, 1.0)
     kernel = np.asarray(updates.encoder.layers.W_v.kernel[...])
-    np.testing.assert_allclose(kernel[0], kernel[1], rtol=1e-4)
+    assert_allclose(kernel[0], kernel[1], rtol=1e-4)
     assert np.linalg.matrix_rank(kernel[0], tol=1e-3) == 1  # as the gradient's is
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("ssm_decay", [False, True])
 def test_decay_reaches_the_ssms_only_if_asked(optimizer, ssm_decay):
-    way = screening.Way(optimizer=optimizer, decay=0.5, ssm_decay=ssm_decay)
+    way = Way(optimizer=optimizer, decay=0.5, ssm_decay=ssm_decay)
     updates = moved(way, 0.0)
     layers = updates.encoder.layers
-    assert bool(layers.W_u.kernel[...].any())
-    assert bool(layers.forward.A_re[...].any()) == ssm_decay
-    assert not layers.W_u.bias[...].any()
+    matrix = layers.W_u.kernel[...]
+    poles = layers.forward.A_re[...]
+    bias = layers.W_u.bias[...]
+    assert matrix.any()
+    assert poles.any() == ssm_decay
+    assert not bias.any()
 
 
 def test_frozen_positions_stay_at_zero():
-    way = screening.Way(positions=False)
+    way = Way(positions=False)
     assert not fresh(way).encoder.positions.embedding[...].any()
     assert not moved(way, 1.0).encoder.positions.embedding[...].any()
-    assert moved(screening.Way(), 1.0).encoder.positions.embedding[...].any()
+    assert moved(Way(), 1.0).encoder.positions.embedding[...].any()
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_optimizer_is_that_of_pretraining(optimizer):
     """Where the recipe can say the same: two steps, parameter by parameter."""
     muon = optimizer == "muon"
-    way = screening.Way(optimizer=optimizer, ssm_rate=2.0, ssm_decay=True, warmup=0.25)
+    way = Way(optimizer=optimizer, ssm_rate=2.0, ssm_decay=True, warmup=0.25)
     recipe = bigs.Recipe(
         steps=4,
         learning_rate=way.adam_rate,
@@ -108,24 +124,22 @@ def test_the_optimizer_is_that_of_pretraining(optimizer):
     gradients = jax.tree.map(jnp.ones_like, model)
     for _ in range(2):
         wanted, moments = theirs.update(gradients, moments, model)
-    for a, b in zip(*map(jax.tree.leaves, (moved(way, 1.0), wanted)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    assert_alike(moved(way, 1.0), wanted, rtol=1e-4)
 
 
 def test_a_start_is_that_of_the_model():
-    start = fresh(screening.Way(start=0.02))
+    start = fresh(Way(start=0.02))
     config = replace(SMALL, initializer_range=0.02)
     wanted = bigs.BiGS(config, seed=0)
     wanted.head.dense.kernel[...] *= 0.02  # as its docstring says
-    for a, b in zip(*map(jax.tree.leaves, (start, wanted)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert_alike(start, wanted, rtol=1e-5)
 
 
 def test_steps_are_spread_evenly_over_layers_and_directions():
-    layers = fresh(screening.Way(even_steps=True)).encoder.layers
+    layers = fresh(Way(even_steps=True)).encoder.layers
     both = [side.log_step[...].ravel() for side in (layers.forward, layers.backward)]
     found = np.sort(np.concatenate(both))
-    np.testing.assert_allclose(np.diff(found), np.log(100) / 4, rtol=1e-5)
+    assert_allclose(np.diff(found), np.log(100) / 4, rtol=1e-5)
     assert np.log(0.01) < found[0] < found[-1] < 0
 
 
@@ -133,11 +147,13 @@ def test_steps_are_spread_evenly_over_layers_and_directions():
     ("schedule", "last"), [("cosine", 0.1), ("zero", 0), ("wsd", 0)]
 )
 def test_schedules_rise_and_end(schedule, last):
-    way = screening.Way(schedule=schedule, warmup=0.1)
+    way = Way(schedule=schedule, warmup=0.1)
     rate = screening.learning_rate(way, 100, 2.0)
     found = [float(rate(step)) for step in (0, 5, 10, 100)]
-    np.testing.assert_allclose(found, [0.0, 1.0, 2.0, 2.0 * last], atol=1e-6)
-    assert (float(rate(75)) == 2.0) == (schedule == "wsd")
+    wanted = [0.0, 1.0, 2.0, 2.0 * last]
+    assert_allclose(found, wanted, atol=1e-6)
+    stays = float(rate(75)) == 2.0
+    assert stays == (schedule == "wsd")
 
 
 def test_the_share_of_chosen_and_of_kept_words(data):
@@ -165,13 +181,11 @@ def test_batches_follow_the_order_of_pretraining(data):
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_made_alone(data):
     ways = [
-        screening.Way(batches=(4,)),
-        screening.Way(batches=(4,), rate=0.01, masking=(0.3,)),
+        Way(batches=(4,)),
+        Way(batches=(4,), rate=0.01, masking=(0.3,)),
     ]
-    runs = [
-        screening.Run("small", way, seed, tokens=8 * 128 * 4)
-        for seed, way in enumerate(ways)
-    ]
+    tokens = 8 * 128 * 4
+    runs = [Run("small", way, seed, tokens) for seed, way in enumerate(ways)]
     together = screening.train(runs, data)
     for run, found in zip(runs, together, strict=True):
         (alone,) = screening.train([run], data)
@@ -182,10 +196,12 @@ def test_runs_side_by_side_are_those_made_alone(data):
 @pytest.mark.slow
 def test_a_run_learns(data):
     kept = []
-    run = screening.Run("small", screening.Way(batches=(4,)), 0, tokens=16 * 128 * 4)
+    way = Way(batches=(4,))
+    run = Run("small", way, 0, tokens=16 * 128 * 4)
     (found,) = screening.train([run], data, kept.append)
     assert found["steps"] == 16
-    assert [point["tokens"] for point in found["curve"]][-1] == 16 * 128 * 4
+    last = found["curve"][-1]
+    assert last["tokens"] == run.tokens
     assert found["heldout"] < np.log(60)
     model = jax.tree.map(lambda leaf: leaf[0], kept[0])
     losses = [bigs.fast_loss(model, batch) for batch in data.heldout]
@@ -232,12 +248,9 @@ def test_the_layers_of_a_comparison_have_a_plain_and_a_fast_form(name):
     small = replace(SMALL, num_attention_heads=2)
     config = arms.of_one_size(small)[name].config
     model = jax.tree.map(lambda w: 4 * w, bigs.BiGS(config))
-    rows = bigs.Rows(np.arange(5, 45).reshape(4, 10), 60, 4, (0, 2, 3))
+    tokens = np.arange(5, 45).reshape(4, 10)
+    rows = bigs.Rows(tokens, 60, 4, (0, 2, 3))
     batch = bigs.batch_at(rows, 4, 0, 0)
-    plain, fast = (
-        jax.value_and_grad(loss)(model, batch)
-        for loss in (bigs.batch_loss, bigs.fast_loss)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), plain, fast
-    )
+    plain = jax.value_and_grad(bigs.batch_loss)(model, batch)
+    fast = jax.value_and_grad(bigs.fast_loss)(model, batch)
+    assert_alike(plain, fast, rtol=2e-3, atol=2e-5)

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 import scipy.signal
+from numpy.testing import assert_allclose
 
 import annotated_bigs as bigs
+from annotated_bigs import discretize, discretize_diagonal, ssm_kernel
 
 
 def fresh(N, scaling, seed=0):
@@ -25,7 +27,7 @@ def exact_discretization(A, dt, method, B=None):
 
 @pytest.mark.parametrize(
     ("rule", "method"),
-    [(bigs.discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")],
+    [(discretize, "zoh"), (bigs.discretize_bilinear, "bilinear")],
 )
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dt", [0.01, 0.3])
@@ -38,28 +40,28 @@ def test_discretization_is_scipys(rule, method, seed, dt):
     A_bar, B_bar = rule(A, B, dt)
 
     exact_A_bar, exact_B_bar = exact_discretization(A, dt, method, B)
-    np.testing.assert_allclose(A_bar, exact_A_bar, atol=3e-6)
-    np.testing.assert_allclose(B_bar, exact_B_bar, atol=3e-6)
+    assert_allclose(A_bar, exact_A_bar, atol=3e-6)
+    assert_allclose(B_bar, exact_B_bar, atol=3e-6)
 
 
 def test_diagonal_discretization_is_scipys():
     poles = bigs.s4d_lin(3)
     ssm = bigs.DiagonalSSM(poles, np.ones(3) + 0j, np.array(0.2))
 
-    A_bar, B_bar = bigs.discretize_diagonal(ssm)
+    A_bar, B_bar = discretize_diagonal(ssm)
 
     exact_A_bar, exact_B_bar = exact_discretization(np.diag(poles), 0.2, "zoh")
-    np.testing.assert_allclose(A_bar, np.diag(exact_A_bar), atol=1e-6)
-    np.testing.assert_allclose(B_bar, exact_B_bar, atol=1e-6)
+    assert_allclose(A_bar, np.diag(exact_A_bar), atol=1e-6)
+    assert_allclose(B_bar, exact_B_bar, atol=1e-6)
 
 
 def test_the_springs_path_is_scipys():
     A, B, C = bigs.SPRING
     t = np.linspace(0, 6, 50)
     _, places = scipy.signal.step((A, B[:, None], C[None], np.zeros((1, 1))), T=t)
-    np.testing.assert_allclose(bigs.spring_exact(t), places, atol=1e-9)
-    steps = bigs.spring_steps(bigs.discretize, t[1], 49)
-    np.testing.assert_allclose(steps, places[1:], atol=1e-5)
+    assert_allclose(bigs.spring_exact(t), places, atol=1e-9)
+    steps = bigs.spring_steps(discretize, t[1], 49)
+    assert_allclose(steps, places[1:], atol=1e-5)
 
 
 def kernel64(ssm, L):
@@ -82,12 +84,12 @@ def test_kernel_is_the_recurrence(scaling, seed):
     ssm = fresh(64, scaling, seed).diagonal()
     exact = kernel64(ssm, 128)
 
-    found = bigs.ssm_kernel(ssm, 128)
+    found = ssm_kernel(ssm, 128)
 
     # The phase l dt Im A is rounded to float32 before its cosine is taken, so each fade
     # may be wrong by that rounding; the tolerance is the sum over n of |C_n B_n| phase
     # eps.
-    _, B_bar = bigs.discretize_diagonal(ssm)
+    _, B_bar = discretize_diagonal(ssm)
     phase = np.abs(ssm.dt * ssm.A) * 128
     weight = np.abs(ssm.C * B_bar)
     rounding = np.finfo(np.float32).eps
@@ -105,7 +107,7 @@ def test_poles_that_would_grow_are_clipped():
 
     real = np.asarray(diagonal.A.real)
     assert np.all(real == np.float32(-1e-4))
-    kernel = bigs.ssm_kernel(diagonal, 4096)
+    kernel = ssm_kernel(diagonal, 4096)
     assert np.all(np.isfinite(kernel))
 
 

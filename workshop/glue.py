@@ -314,6 +314,9 @@ def tune(
         }
         for kind, own in outputs.items()
     }
+    answers = {}
+    for kind, own in outputs.items():
+        answers[kind] = answers_of(task, next(iter(own.values())))
     return {
         "task": name,
         "variant": variant,
@@ -323,10 +326,7 @@ def tune(
         "examples": {split: len(texts.texts) for split, texts in splits.items()},
         "evaluations": tuned.scores,
         **scores,
-        "answers": {
-            kind: answers_of(task, next(iter(own.values())))
-            for kind, own in outputs.items()
-        },
+        "answers": answers,
         "measured": bigs.circumstances(),
     }, tuned.best
 

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 
 import annotated_bigs as bigs
+from annotated_bigs import BiGS
 from workshop import arms, corpora, running
 
 assert arms  # it adds the layers with free kernels
 
 
-def numbers_of(model: bigs.BiGS) -> dict[str, np.ndarray]:
+def numbers_of(model: BiGS) -> dict[str, np.ndarray]:
     """Step sizes and poles of a gated SSM model, (layers, 2) and (layers, 2, N), the
     standard deviation of its encoder's output, and the root mean square of each layer's
     $W_o$.
 
-    >>> found = numbers_of(bigs.BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4)))
+    >>> found = numbers_of(BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4)))
     >>> found["step_sizes"].shape, found["poles"].shape, found["sizes"].shape
     ((1, 2), (1, 2, 4), (1,))
     """
@@ -46,21 +47,26 @@ def way_of(run: Path) -> dict[str, np.ndarray]:
     """Kernels at the start of a run; and at every checkpoint that was kept the tokens
     read, and `numbers_of` the model.
     """
-    recipe = bigs.Recipe(**json.loads((run / "run.json").read_text())["recipe"])
+    kept = json.loads((run / "run.json").read_text())
+    recipe = bigs.Recipe(**kept["recipe"])
     way = {}
     start = None
     for step, model in running.states_of(run, every=True):
-        start = bigs.kernels_of(model) if start is None else start
-        tokens = step * recipe.batch * recipe.length
-        for name, value in (numbers_of(model) | {"tokens": tokens}).items():
-            way.setdefault(name, []).append(np.asarray(value))
-    return {name: np.asarray(values) for name, values in way.items()} | {"start": start}
+        if start is None:
+            start = bigs.kernels_of(model)
+        numbers = numbers_of(model)
+        numbers["tokens"] = np.asarray(step * recipe.batch * recipe.length)
+        for name, value in numbers.items():
+            way.setdefault(name, []).append(value)
+    arrays = {name: np.asarray(values) for name, values in way.items()}
+    arrays["start"] = start
+    return arrays
 
 
-def shortened(model: bigs.BiGS, most: int) -> bigs.BiGS:
+def shortened(model: BiGS, most: int) -> BiGS:
     """A gated SSM model whose kernels end after a lag; -1 leaves nothing of them.
 
-    >>> model = bigs.BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4))
+    >>> model = BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4))
     >>> bool(np.allclose(shortened(model, 127)([[5, 6]]), model([[5, 6]]), atol=1e-5))
     True
     """
@@ -75,7 +81,7 @@ def shortened(model: bigs.BiGS, most: int) -> bigs.BiGS:
         path = "encoder", "layers", name
         values[*path, "lags"] = short[:, side]
         values[*path, "D"] = getattr(model.encoder.layers, name).D[...]
-    free = bigs.BiGS(replace(model.config, routing="free"), model.task)
+    free = BiGS(replace(model.config, routing="free"), model.task)
     return bigs.with_parameters(free, values)
 
 
@@ -105,12 +111,13 @@ LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
 
 
 def losses_shortened(
-    model: bigs.BiGS, tokenizer, text: str, count: int = 512
+    model: BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
     """Held-out losses on a text, in nats per masked word, where all kernels end after a
     lag of LAGS.
     """
-    data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
+    length = model.config.max_position_embeddings
+    data = dataset_of(text, tokenizer, length, count)
     return {
         str(most): bigs.evaluate(shortened(model, most), data, bigs.fast_loss)
         for most in LAGS
@@ -126,22 +133,23 @@ def print_shortened(losses: dict[str, dict[str, float]]) -> None:
     lag -1                          6.500
     lag 127                         4.500
     """
-    print(
-        f"{'kernels end after':17s}"
-        + "".join(f"{text.split('.')[0]:>20s}" for text in losses)
-    )
+    names = [text.split(".")[0] for text in losses]
+    heading = "".join(f"{name:>20s}" for name in names)
+    print(f"kernels end after{heading}")
     for most in next(iter(losses.values())):
         values = [found[most] for found in losses.values()]
-        print(f"lag {most:13s}" + "".join(f"{value:20.3f}" for value in values))
+        line = "".join(f"{value:20.3f}" for value in values)
+        print(f"lag {most:13s}{line}")
 
 
 def losses_without(
-    model: bigs.BiGS, tokenizer, text: str, count: int = 512
+    model: BiGS, tokenizer, text: str, count: int = 512
 ) -> dict[str, float]:
     """Held-out losses on a text, nats per masked word: with all kernels, without any,
     without each, and without both of each layer.
     """
-    data = dataset_of(text, tokenizer, model.config.max_position_embeddings, count)
+    length = model.config.max_position_embeddings
+    data = dataset_of(text, tokenizer, length, count)
     layers = range(model.config.num_hidden_layers)
     none = np.zeros((len(layers), 2), bool)
     masks = {"nothing": none, "all": ~none}
