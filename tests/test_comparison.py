@@ -101,6 +101,16 @@ def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path):
         answers = np.array(found["answers"])
         assert found["score"] == pytest.approx(np.mean(answers == texts.labels))
 
+    more = {"sst2": tasks["sst2"], "cola": tasks["sst2"]}
+    again = compare(plan(tasks=more), range(1), tmp_path, data)
+
+    record = comparison.read_record(tmp_path / "record.jsonl")
+    assert record == again
+    for before, after in zip(runs, again, strict=True):
+        assert after["heldout"] == before["heldout"]
+        assert after["tasks"]["sst2"] == before["tasks"]["sst2"]
+        assert "cola" in after["tasks"]
+
 
 @pytest.mark.parametrize("bad", ["{", "[]", json.dumps({"arm": "gated SSM"})])
 def test_a_bad_line_of_a_record_is_named(tmp_path, bad):

@@ -580,7 +580,7 @@ def command_compare(
         most: training examples of a task at most.
         output: folder for the runs.
         record: file of JSON lines, one for each finished run; what stands there is not
-            run again.
+            run again, but fine-tuned on tasks that it lacks.
     """
     for arm in arms:
         bigs.choose(ARMS, "arms", arm)

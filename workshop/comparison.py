@@ -67,9 +67,12 @@ def read_run(line: str) -> dict[str, Any] | None:
     return run if is_run else None
 
 
-def add_to_record(file: Path, run: dict[str, Any]) -> None:
-    """Add a line to a record, replacing the file as a whole."""
-    lines = [json.dumps(known) for known in [*read_record(file), run]]
+def add_to_record(file: Path, run: dict[str, Any], instead_of: Any = None) -> None:
+    """Add a line to a record, or put it in place of a run that is there, replacing the
+    file as a whole.
+    """
+    runs = [known for known in read_record(file) if known != instead_of]
+    lines = [json.dumps(known) for known in [*runs, run]]
     with bigs.write_whole(file) as part:
         part.write_text("".join(line + "\n" for line in lines))
 
@@ -123,9 +126,10 @@ def one_run(
     recipe: bigs.Recipe,
     data: bigs.Dataset,
     folder: Path,
+    known: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Pretrain in a folder and, if the run is one of full length, fine-tune: what a
-    record keeps of it.
+    """Pretrain in a folder and, if the run is one of full length, fine-tune on what
+    tasks are not known yet: what a record keeps of it.
     """
     loss = bigs.fast_loss_of(recipe)
     run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
@@ -135,17 +139,26 @@ def one_run(
         for record in run.history
         if "heldout" in record
     ]
-    tasks = plan.tasks if recipe.seed != RATE_SEED else {}
+    scores = known["tasks"] if known else {}
+    for name in missing(plan, recipe.seed, known):
+        splits = plan.tasks[name]
+        score = task_score(name, splits, plan.most, run.model, data, recipe.seed)
+        scores = scores | {name: score}
     return {
         "heldout": curve[-1][1],
         "curve": curve,
         "parameters": bigs.parameters(config),
-        "tasks": {
-            name: task_score(name, splits, plan.most, run.model, data, recipe.seed)
-            for name, splits in tasks.items()
-        },
+        "tasks": scores,
         "measured": bigs.circumstances(),
     }
+
+
+def missing(plan: Plan, seed: int, known: dict[str, Any] | None) -> list[str]:
+    """The tasks that a run has still to be fine-tuned on."""
+    if seed == RATE_SEED:
+        return []
+    tasks = known["tasks"] if known else {}
+    return [name for name in plan.tasks if name not in tasks]
 
 
 def compare(
@@ -156,7 +169,9 @@ def compare(
     output: Path,
     record: Path,
 ) -> list[dict[str, Any]]:
-    """Make what runs the record still lacks; all runs of full length."""
+    """Make what runs the record still lacks, and fine-tune its runs on tasks that they
+    lack; all runs of full length.
+    """
 
     length = data.heldout[0].input_ids.shape[1]
 
@@ -169,13 +184,17 @@ def compare(
             "rate": rate,
             "text": data.identity,
         }
+        known = None
         for run in read_record(record):
             if key.items() <= run.items():
-                return run
+                known = run
+        if known and not missing(plan, seed, known):
+            return known
         folder = output / f"{name.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
         recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
-        found = key | one_run(arms[name].config, plan, recipe, data, folder)
-        add_to_record(record, found)
+        config = arms[name].config
+        found = key | one_run(config, plan, recipe, data, folder, known)
+        add_to_record(record, found, instead_of=known)
         return found
 
     best = dict.fromkeys(arms, plan.rates[0])
