@@ -117,6 +117,17 @@ def test_holm_rejects_as_the_procedure_does():
         assert (corrected < 0.05).tolist() == rejected.tolist()
 
 
+def test_the_readme_tells_what_was_measured():
+    readme = (bigs.HERE / "README.md").read_text()
+    none = bigs.rival("no product")
+    stacked = bigs.rival("stacked SSM, GELU")
+    below = f"{-none.mean:.2f} nats below the gated SSM"
+    assert f"{below} (four seeds, plus or minus {none.half:.2f})" in readme
+    assert len(none.differences) == 4
+    above = f"a stacked SSM {stacked.mean:.2f} above it"
+    assert f"{above} (plus or minus {stacked.half:.2f})" in readme
+
+
 def test_the_kept_runs_of_a_seed_are_of_equal_length_and_size():
     runs = bigs.longest(bigs.gate_runs())
     first = runs[0]

@@ -41,6 +41,8 @@ class SumLayer(bigs.GatedLayer):
 class SingleLayer(bigs.GatedLayer):
     """A gated layer without the gate V."""
 
+    join = staticmethod(jnp.multiply)  # of U1 and U2
+
     def __init__(self, config, rngs):
         super().__init__(config, rngs)
         del self.W_v
@@ -49,19 +51,14 @@ class SingleLayer(bigs.GatedLayer):
         h = before(self, x)
         U1 = self.W_u1(self.forward(gelu(self.W_f(h)), mask))
         U2 = self.W_u2(self.backward(gelu(self.W_b(h)), mask))
-        U = gelu(self.W_u(U1 * U2))
+        U = gelu(self.W_u(self.join(U1, U2)))
         return after(self, x + self.W_o(U))
 
 
 class NoProductLayer(SingleLayer):
     """A gated layer without the gate V that adds U1 and U2: nothing is multiplied."""
 
-    def __call__(self, x, mask):
-        h = before(self, x)
-        U1 = self.W_u1(self.forward(gelu(self.W_f(h)), mask))
-        U2 = self.W_u2(self.backward(gelu(self.W_b(h)), mask))
-        U = gelu(self.W_u(U1 + U2))
-        return after(self, x + self.W_o(U))
+    join = staticmethod(jnp.add)
 
 
 class StackGeluLayer(bigs.StackLayer):
@@ -149,15 +146,7 @@ def _(layer: SumLayer, x, h, past, future):
 def _(layer: SingleLayer, x, h, past, future):
     U1 = dense(layer.W_u1, past)
     U2 = dense(layer.W_u2, future)
-    U = gelu(dense(layer.W_u, U1 * U2))
-    return after(layer, x + dense(layer.W_o, U))
-
-
-@mix_channels.register
-def _(layer: NoProductLayer, x, h, past, future):
-    U1 = dense(layer.W_u1, past)
-    U2 = dense(layer.W_u2, future)
-    U = gelu(dense(layer.W_u, U1 + U2))
+    U = gelu(dense(layer.W_u, layer.join(U1, U2)))
     return after(layer, x + dense(layer.W_o, U))
 
 

@@ -67,14 +67,19 @@ def read_run(line: str) -> dict[str, Any] | None:
     return run if is_run else None
 
 
-def add_to_record(file: Path, run: dict[str, Any], instead_of: Any = None) -> None:
+def add_to_record(
+    file: Path, run: dict[str, Any], instead_of: dict[str, Any] | None = None
+) -> None:
     """Add a line to a record, or put it in place of a run that is there, replacing the
     file as a whole.
     """
-    runs = [known for known in read_record(file) if known != instead_of]
-    lines = [json.dumps(known) for known in [*runs, run]]
+    runs = read_record(file)
+    if instead_of in runs:
+        runs[runs.index(instead_of)] = run
+    else:
+        runs.append(run)
     with bigs.write_whole(file) as part:
-        part.write_text("".join(line + "\n" for line in lines))
+        part.write_text("".join(json.dumps(known) + "\n" for known in runs))
 
 
 def recipe_of(
@@ -126,10 +131,10 @@ def one_run(
     recipe: bigs.Recipe,
     data: bigs.Dataset,
     folder: Path,
-    known: dict[str, Any] | None,
+    scores: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Pretrain in a folder and, if the run is one of full length, fine-tune on what
-    tasks are not known yet: what a record keeps of it.
+    """Pretrain in a folder, where a finished run is only read, and fine-tune on the
+    plan's tasks that have no score yet: what a record keeps of it.
     """
     loss = bigs.fast_loss_of(recipe)
     run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
@@ -139,11 +144,11 @@ def one_run(
         for record in run.history
         if "heldout" in record
     ]
-    scores = known["tasks"] if known else {}
-    for name in missing(plan, recipe.seed, known):
-        splits = plan.tasks[name]
-        score = task_score(name, splits, plan.most, run.model, data, recipe.seed)
-        scores = scores | {name: score}
+    scores = dict(scores)
+    for name, splits in plan.tasks.items():
+        if name not in scores:
+            seed = recipe.seed
+            scores[name] = task_score(name, splits, plan.most, run.model, data, seed)
     return {
         "heldout": curve[-1][1],
         "curve": curve,
@@ -151,14 +156,6 @@ def one_run(
         "tasks": scores,
         "measured": bigs.circumstances(),
     }
-
-
-def missing(plan: Plan, seed: int, known: dict[str, Any] | None) -> list[str]:
-    """The tasks that a run has still to be fine-tuned on."""
-    if seed == RATE_SEED:
-        return []
-    tasks = known["tasks"] if known else {}
-    return [name for name in plan.tasks if name not in tasks]
 
 
 def compare(
@@ -175,7 +172,7 @@ def compare(
 
     length = data.heldout[0].input_ids.shape[1]
 
-    def done(name, steps, rate, seed):
+    def done(plan, name, steps, rate, seed):
         key = {
             "arm": name,
             "seed": seed,
@@ -184,25 +181,28 @@ def compare(
             "rate": rate,
             "text": data.identity,
         }
-        known = None
-        for run in read_record(record):
-            if key.items() <= run.items():
-                known = run
-        if known and not missing(plan, seed, known):
+        runs = [run for run in read_record(record) if key.items() <= run.items()]
+        known = runs[0] if runs else None
+        scores = known["tasks"] if known else {}
+        if known and plan.tasks.keys() <= scores.keys():
             return known
         folder = output / f"{name.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
-        recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
         config = arms[name].config
-        found = key | one_run(config, plan, recipe, data, folder, known)
+        recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
+        found = key | one_run(config, plan, recipe, data, folder, scores)
         add_to_record(record, found, instead_of=known)
         return found
 
     best = dict.fromkeys(arms, plan.rates[0])
     if len(plan.rates) > 1:
+        short = plan._replace(tasks={})
         for name in arms:
-            tried = [done(name, plan.rate_steps, r, RATE_SEED) for r in plan.rates]
+            tried = [
+                done(short, name, plan.rate_steps, rate, RATE_SEED)
+                for rate in plan.rates
+            ]
             best[name] = min(tried, key=lambda run: run["heldout"])["rate"]
     return [
-        done(name, plan.steps, best[name], seed)
+        done(plan, name, plan.steps, best[name], seed)
         for seed, name in itertools.product(seeds, arms)
     ]
