@@ -19,7 +19,7 @@ import jupytext
 
 LAST_ROOM = 17
 # Rooms with machinery: circumstances, drawings, docstrings, checkpoints, tasks
-FOLDED = (1, 2, 5, 6, 8, 9, 11, 12, 13, 14, 15)
+FOLDED = (1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 15)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GIVEN = {*vars(builtins), "__file__", "__name__", "__doc__"}  # without being defined

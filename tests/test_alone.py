@@ -92,7 +92,7 @@ def test_the_script_alone_runs_to_its_end(tmp_path):
     assert any(line.startswith("data/glue.json is not here") for line in missing)
     assert list(files(tmp_path)) == [SCRIPT.name]
     drawn = {path.stem for path in (tmp_path / "runs" / "figures").iterdir()}
-    assert {"discretization", "layers", "loss"} <= drawn
+    assert {"fades", "layers", "loss"} <= drawn
     # Lengths are measured on the trained model, which is not here.
     results = [path.name for path in (tmp_path / "runs" / "data").iterdir()]
     assert results == ["tiny.json"]

@@ -341,6 +341,8 @@ def test_inspect_writes_what_it_read(tmp_path, capsys):
     found = json.loads((tmp_path / "found" / "reading.json").read_text())
     losses = found["losses"]["text.txt"]
     assert {"nothing", "all", "layer 1, both"} < set(losses)
+    words = len(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
+    assert 0 < found["frequencies"]["text.txt"] < np.log(words) + 0.1
     shortened = found["shortened"]["text.txt"]
     assert shortened["-1"] == pytest.approx(losses["all"], abs=1e-4)
     assert shortened["127"] == pytest.approx(losses["nothing"], abs=1e-4)

@@ -124,18 +124,38 @@ def test_the_readme_tells_what_was_measured():
     below = f"{-none.mean:.2f} nats below the gated SSM"
     assert f"{below} (four seeds, plus or minus {none.half:.2f})" in readme
     assert len(none.differences) == 4
+    frozen = bigs.rival("frozen SSM", "routings")
+    assert f"start cost {frozen.mean:.1f} nats (three seeds" in " ".join(readme.split())
+    assert len(frozen.differences) == 3
     above = f"a stacked SSM {stacked.mean:.2f} above it"
     assert f"{above} (plus or minus {stacked.half:.2f})" in readme
 
 
-def test_the_kept_runs_of_a_seed_are_of_equal_length_and_size():
-    runs = bigs.longest(bigs.gate_runs())
+@pytest.mark.parametrize("study", ["gates", "routings"])
+def test_the_kept_runs_are_of_equal_length_on_one_text(study):
+    runs = bigs.longest(bigs.runs_of(study))
     first = runs[0]
     keys = set()
     for run in runs:
         _, last_loss = run["curve"][-1]
         assert run["heldout"] == last_loss
         assert run["tokens"] == first["tokens"]
+        assert run["text"] == first["text"]
         assert len(run["curve"]) == len(first["curve"])
         keys.add((run["arm"], run["seed"]))
     assert len(keys) == len(runs)
+
+
+def test_static_kernels_are_compared_on_the_same_seeds_at_one_rate():
+    runs = bigs.runs_of("routings")
+    seeds = {}
+    for run in runs:
+        seeds.setdefault(run["arm"], set()).add(run["seed"])
+    assert len(seeds) == 6
+    assert all(found == {0, 1, 2} for found in seeds.values())
+    assert len({run["rate"] for run in runs}) == 1
+    # An SSM for each channel has more parameters, as the text says.
+    counts = {run["arm"]: run["parameters"] for run in runs}
+    more = counts.pop("an SSM a channel")
+    assert max(counts.values()) / min(counts.values()) < 1.02
+    assert 1.1 < more / counts["gated SSM"] < 1.2

@@ -55,15 +55,6 @@ def test_diagonal_discretization_is_scipys():
     assert_allclose(B_bar, exact_B_bar, atol=1e-6)
 
 
-def test_the_springs_path_is_scipys():
-    A, B, C = bigs.SPRING
-    t = np.linspace(0, 6, 50)
-    _, places = scipy.signal.step((A, B[:, None], C[None], np.zeros((1, 1))), T=t)
-    assert_allclose(bigs.spring_exact(t), places, atol=1e-9)
-    steps = bigs.spring_steps(discretize, t[1], 49)
-    assert_allclose(steps, places[1:], atol=1e-5)
-
-
 def kernel64(ssm, L):
     """Equation (2) as a loop in float64: the answer to an impulse."""
     A = np.asarray(ssm.A, complex)

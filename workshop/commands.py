@@ -30,7 +30,7 @@ def drawings() -> list[Callable]:
     """All figures of the document, in order.
 
     >>> [draw.name for draw in drawings()][:2]
-    ['discretization', 'fades']
+    ['fades', 'bases']
     """
     return [
         value
@@ -526,11 +526,18 @@ def command_inspect(
         Path(text).name: studies.losses_shortened(network, tokenizer, text)
         for text in heldout
     }
+    frequencies = {
+        Path(text).name: studies.loss_by_frequency(network, tokenizer, text)
+        for text in heldout
+    }
     pieces = {
         Path(text).name: studies.pieces_a_character(tokenizer, text) for text in heldout
     }
     if losses:
-        bigs.print_silenced(losses)
+        for text, without in losses.items():
+            print(text)
+            bigs.print_silenced(without)
+            print(f"word frequencies alone: {frequencies[text]:.3f}")
         studies.print_shortened(short)
     if output is not None:
         with bigs.write_folder_whole(output) as part:
@@ -540,6 +547,7 @@ def command_inspect(
                     part / "reading.json",
                     losses=losses,
                     shortened=short,
+                    frequencies=frequencies,
                     pieces_a_character=pieces,
                 )
 

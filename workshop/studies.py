@@ -107,6 +107,15 @@ def dataset_of(text: str, tokenizer, length: int, count: int) -> bigs.Dataset:
     return bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text)
 
 
+def loss_by_frequency(model: BiGS, tokenizer, text: str, count: int = 512) -> float:
+    """Held-out loss, in nats per masked word, of knowing only how frequent each word of
+    this very text is, on the batches that the model's losses are of.
+    """
+    length = model.config.max_position_embeddings
+    data = dataset_of(text, tokenizer, length, count)
+    return bigs.frequency_loss(data.train, data.heldout)
+
+
 LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
 
 
