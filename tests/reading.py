@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 import jupytext
 
 LAST_ROOM = 17
-# Rooms with machinery: circumstances, drawings, docstrings, checkpoints, tasks
-FOLDED = (1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 15)
+# Rooms with machinery: circumstances, drawings, counts, docstrings, checkpoints, tasks
+FOLDED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GIVEN = {*vars(builtins), "__file__", "__name__", "__doc__"}  # without being defined

@@ -40,7 +40,7 @@ def test_each_channel_is_convolved_with_its_own_kernel(past):
 def moved(name):
     """The names of the parameters in the two directions that a few steps change."""
     arm = STATIC[name]
-    plan = comparison.Plan("small", 3, 8, 2, (1.0,), {}, 64)
+    plan = comparison.Plan("small", batch=8)
     recipe = replace(comparison.recipe_of(plan, arm, 3, 1.0, 0, 32), warmup=0.0)
     run = bigs.pretrain(arm.config, recipe, small.dataset())
     start = bigs.fresh_state(arm.config, recipe).model

@@ -271,15 +271,14 @@ def test_with_all_kernels_the_model_is_the_same(pair):
 
 
 @pytest.mark.slow
-def test_losses_without_kernels(tmp_path, model):
-    text = tmp_path / "text.txt"
-    lines = (
+def test_losses_without_kernels(model):
+    texts = [
         f"In {year} the town had a school, a church and {year % 90} people."
         for year in range(900, 1900)
-    )
-    text.write_text("\n\n".join(lines))
+    ]
+    data = studies.dataset_of(texts, bigs.load_tokenizer(), 128, 16)
 
-    losses = studies.losses_without(model, bigs.load_tokenizer(), str(text), 16)
+    losses = studies.losses_without(model, data)
 
     layers = len(bigs.boxed_kernels()["start"])
     assert len(losses) == 2 + 3 * layers

@@ -18,12 +18,13 @@ CONFIG = replace(
 
 
 def plan(**changes):
-    usual = comparison.Plan("small", 4, 8, 2, (1.0,), {}, 64)
-    return usual._replace(**changes)
+    usual = comparison.Plan("small", steps=4, batch=8, rate_steps=2, most=64)
+    return replace(usual, **changes)
 
 
 def compare(plan, seeds, folder, data=None):
-    configs = {arm: arms.of_one_size(CONFIG)[arm] for arm in ARMS}
+    all_of_them = arms.of_one_size(CONFIG)
+    configs = {arm: all_of_them[arm] for arm in ARMS}
     record = folder / "record.jsonl"
     return comparison.compare(
         configs, plan, data or small.dataset(), seeds, folder / "runs", record
@@ -37,10 +38,11 @@ def test_what_stands_in_the_record_is_not_run_again(tmp_path, monkeypatch):
     both = compare(plan(), range(2), tmp_path)
 
     assert both[:2] == first
-    assert [(run["arm"], run["seed"]) for run in both] == [
-        (arm, seed) for seed in range(2) for arm in ARMS
-    ]
-    assert len({run["heldout"] for run in both}) == 4
+    expected = [(arm, seed) for seed in range(2) for arm in ARMS]
+    found = [(run["arm"], run["seed"]) for run in both]
+    assert found == expected
+    losses = {run["heldout"] for run in both}
+    assert len(losses) == 4
 
     def no_run(*_, **__):
         pytest.fail("a finished run is not run again")
@@ -78,22 +80,24 @@ def test_runs_of_one_seed_read_the_same(tmp_path, monkeypatch):
 
     assert len(read) > 2 * 4
     for place in {place for place, _ in read}:
-        assert len({rows for at, rows in read if at == place}) == 1
+        found = {rows for at, rows in read if at == place}
+        assert len(found) == 1
 
 
 @pytest.mark.slow
-def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path):
+def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     letters = rng.choice(list("abcd"), (96, 6))
     sentences = [(" ".join(row),) for row in letters]
     labels = rng.integers(0, 2, 96)
     texts = bigs.Texts(sentences, labels)
-    tasks = {"sst2": {"train": texts, "dev": texts}}
+    splits = {"train": texts, "dev": texts}
+    monkeypatch.setattr(comparison.glue, "task_texts", lambda name, data: splits)
 
     tokenizer = bigs.train_tokenizer(["a b c d"] * 9, 40)
     data = small.dataset()._replace(tokenizer=tokenizer)
 
-    runs = compare(plan(tasks=tasks), range(1), tmp_path, data)
+    runs = compare(plan(task=("sst2",)), range(1), tmp_path, data)
 
     for run in runs:
         found = run["tasks"]["sst2"]
@@ -101,8 +105,7 @@ def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path):
         answers = np.array(found["answers"])
         assert found["score"] == pytest.approx(np.mean(answers == texts.labels))
 
-    more = {"sst2": tasks["sst2"], "cola": tasks["sst2"]}
-    again = compare(plan(tasks=more), range(1), tmp_path, data)
+    again = compare(plan(task=("sst2", "cola")), range(1), tmp_path, data)
 
     record = comparison.read_record(tmp_path / "record.jsonl")
     assert record == again

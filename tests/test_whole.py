@@ -318,14 +318,15 @@ def test_what_inspect_reads(tmp_path, monkeypatch):
         "old": {"nothing": 5.0, "all": 7.0},
         "new": {"nothing": 6.0, "all": 8.0},
     }
-    monkeypatch.setattr(
-        studies,
-        "losses_without",
-        lambda network, tokenizer, text: losses[Path(text).name],
-    )
-    monkeypatch.setattr(studies, "losses_shortened", lambda *_: {"-1": 6.0, "127": 5.0})
-    monkeypatch.setattr(studies, "loss_by_frequency", lambda *_: 6.5)
-    monkeypatch.setattr(studies, "pieces_a_character", lambda *_: 0.25)
+
+    def reading(network, tokenizer, text):
+        return {
+            "losses": losses[text],
+            "shortened": {"-1": 6.0, "127": 5.0},
+            "frequencies": 6.5,
+        }
+
+    monkeypatch.setattr(studies, "reading_of", reading)
     kernels = {which: bigs.kernels_of(model(which)) for which in losses}
     monkeypatch.setattr(bigs, "from_pretrained", lambda name, task: name)
     monkeypatch.setattr(bigs, "load_tokenizer", lambda name: None)

@@ -476,6 +476,37 @@ def masked_model(name: str) -> bigs.BiGS:
         ) from None
 
 
+def print_way(way: dict[str, np.ndarray]) -> None:
+    """A line for each checkpoint of a run, as `way_of` gives them.
+
+    >>> way = {"tokens": [2e6], "spread": [1.5], "sizes": [[0.02, 0.03]]}
+    >>> print_way({name: np.array(values) for name, values in way.items()})
+         2.0 million tokens: the output spreads by 1.5; W_o of the layers 0.020, 0.030
+    """
+    for tokens, spread, sizes in zip(
+        way["tokens"], way["spread"], way["sizes"], strict=True
+    ):
+        print(
+            f"{tokens / 1e6:8,.1f} million tokens: the output spreads by {spread:,.1f};"
+            " W_o of the layers " + ", ".join(f"{size:.3f}" for size in sizes)
+        )
+
+
+def print_moved(before: np.ndarray, after: np.ndarray) -> None:
+    """The three kernels that fine-tuning moved most; arrays are (layers, 2, L).
+
+    >>> before = np.ones((1, 2, 4))
+    >>> print_moved(before, before * np.array([1.5, 1])[:, None])
+    layer 0, forward: fine-tuning moved it by 50.0% of its norm
+    layer 0, backward: fine-tuning moved it by 0.0% of its norm
+    """
+    for change, layer, side in bigs.movement(before, after)[:3]:
+        name = ("forward", "backward")[side]
+        print(
+            f"layer {layer}, {name}: fine-tuning moved it by {change:.1%} of its norm"
+        )
+
+
 def command_inspect(
     model: str = str(bigs.BOXED),
     finetuned: str | None = None,
@@ -497,74 +528,44 @@ def command_inspect(
     """
     network = bigs.from_pretrained(model, "masked_lm")
     tokenizer = bigs.load_tokenizer(model)
-    found = (studies.way_of(run) if run else {}) | {
-        "pretrained": bigs.kernels_of(network)
-    }
+    found = studies.way_of(run) if run else {}
+    found["pretrained"] = bigs.kernels_of(network)
+    bigs.print_reading(found.get("start"), found["pretrained"])
+    if run:
+        print_way(found)
     if finetuned:
         found["finetuned"] = bigs.kernels_of(pretrained_model(finetuned))
-    bigs.print_reading(found.get("start"), found["pretrained"])
-    way = (
-        [found[name] for name in ("tokens", "spread", "sizes")] if run else [[], [], []]
-    )
-    for tokens, spread, sizes in zip(*way, strict=True):
-        print(
-            f"{tokens / 1e6:8,.1f} million tokens: the output spreads by {spread:,.1f};"
-            " W_o of the layers " + ", ".join(f"{size:.3f}" for size in sizes)
-        )
-    for change, layer, side in (
-        bigs.movement(found["pretrained"], found["finetuned"])[:3] if finetuned else []
-    ):
-        print(
-            f"layer {layer}, {('forward', 'backward')[side]}: {finetuned} moved it by"
-            f" {change:.1%} of its norm"
-        )
-    losses = {
-        Path(text).name: studies.losses_without(network, tokenizer, text)
+        print_moved(found["pretrained"], found["finetuned"])
+
+    readings = {
+        Path(text).name: studies.reading_of(network, tokenizer, text)
         for text in heldout
     }
-    short = {
-        Path(text).name: studies.losses_shortened(network, tokenizer, text)
-        for text in heldout
-    }
-    frequencies = {
-        Path(text).name: studies.loss_by_frequency(network, tokenizer, text)
-        for text in heldout
-    }
-    pieces = {
-        Path(text).name: studies.pieces_a_character(tokenizer, text) for text in heldout
-    }
-    if losses:
-        for text, without in losses.items():
-            print(text)
-            bigs.print_silenced(without)
-            print(f"word frequencies alone: {frequencies[text]:.3f}")
-        studies.print_shortened(short)
+    for text, reading in readings.items():
+        print(text)
+        bigs.print_silenced(reading["losses"])
+        print(f"word frequencies alone: {reading['frequencies']:.3f}")
+    if readings:
+        studies.print_shortened({t: r["shortened"] for t, r in readings.items()})
+
     if output is not None:
         with bigs.write_folder_whole(output) as part:
             np.savez_compressed(part / "kernels.npz", **found)
-            if heldout:
-                bigs.keep_results(
-                    part / "reading.json",
-                    losses=losses,
-                    shortened=short,
-                    frequencies=frequencies,
-                    pieces_a_character=pieces,
-                )
+            if readings:
+                kinds = next(iter(readings.values()))
+                by_kind = {
+                    kind: {text: reading[kind] for text, reading in readings.items()}
+                    for kind in kinds
+                }
+                bigs.keep_results(part / "reading.json", **by_kind)
 
 
 def command_compare(
     reading: Reading,
-    size: str = "tiny",
+    plan: comparison.Plan,
     arms: tuple[str, ...] = tuple(of_one_size(bigs.tiny)),
     seeds: int = 3,
     first_seed: int = 0,
-    steps: int = 2441,
-    batch: int = 32,
-    rates: tuple[float, ...] = (1.0,),
-    rate_steps: int = 977,
-    task: tuple[str, ...] = (),
-    data: Path | None = None,
-    most: int = 20_000,
     output: Path = bigs.RUNS / "compare",
     record: Path = bigs.RUNS / "compare.jsonl",
 ) -> None:
@@ -573,34 +574,21 @@ def command_compare(
     killed.
 
     Args:
-        size: tiny, small, boxed, mini, base or large.
         arms: which to run, also frozen SSM, free kernels, an SSM a channel, lin or
             inv; differences are to the first.
         seeds: runs of each arm.
         first_seed: the seed of the first.
-        steps: steps of a run.
-        batch: rows of 128 tokens in a batch.
-        rates: learning rates to choose from, as multiples of the recipe's; the best of
-            each arm is found by short runs with a seed of their own.
-        rate_steps: steps of these short runs.
-        task: tasks of GLUE to fine-tune on.
-        data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
-        most: training examples of a task at most.
         output: folder for the runs.
         record: file of JSON lines, one for each finished run; what stands there is not
             run again, but fine-tuned on tasks that it lacks.
     """
     for arm in arms:
         bigs.choose(ARMS, "arms", arm)
-    for name in task:
+    for name in plan.task:
         bigs.choose(bigs.GLUE, "task", name)
+    size = bigs.choose(bigs.SIZES, "size", plan.size)
     rows = reading.dataset(bigs.RECIPES["annotated"].length)
-    config = replace(
-        bigs.choose(bigs.SIZES, "size", size), vocab_size=len(rows.tokenizer)
-    )
-    texts = {name: glue.task_texts(name, data) for name in task}
-    plan = comparison.Plan(size, steps, batch, rate_steps, rates, texts, most)
-    every_arm = all_arms(config)
+    every_arm = all_arms(replace(size, vocab_size=len(rows.tokenizer)))
     chosen = {arm: every_arm[arm] for arm in arms}
     every = range(first_seed, first_seed + seeds)
     runs = comparison.compare(chosen, plan, rows, every, output, record)

@@ -9,9 +9,9 @@ else. Runs of one seed read the same rows, in the same order, under the same mas
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import annotated_bigs as bigs
 from workshop import glue, running
@@ -20,16 +20,40 @@ from workshop.arms import Arm
 RATE_SEED = 100  # of the runs that choose a learning rate
 
 
-class Plan(NamedTuple):
-    """What all runs of a comparison share."""
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a comparison share.
 
-    size: str
-    steps: int
-    batch: int
-    rate_steps: int  # of a run that chooses a learning rate
-    rates: tuple[float, ...]  # multiples of the recipe's
-    tasks: dict[str, dict[str, bigs.Texts]]
-    most: int  # training examples of a task at most
+    Args:
+        size: tiny, small, boxed, mini, base or large.
+        steps: steps of a run.
+        batch: rows of 128 tokens in a batch.
+        rates: learning rates to choose from, as multiples of the recipe's; the best of
+            each architecture is found by short runs with a seed of their own.
+        rate_steps: steps of these short runs.
+        task: tasks of GLUE to fine-tune on.
+        data: folder of GLUE's official files; default: nyu-mll/glue from the hub.
+        most: training examples of a task at most.
+    """
+
+    size: str = "tiny"
+    steps: int = 2441
+    batch: int = 32
+    rates: tuple[float, ...] = (1.0,)
+    rate_steps: int = 977
+    task: tuple[str, ...] = ()
+    data: Path | None = None
+    most: int = 20_000
+
+    def texts(self) -> dict[str, dict[str, bigs.Texts]]:
+        """The splits of each task, training sets cut to what is fine-tuned on."""
+        tasks = {}
+        for name in self.task:
+            splits = glue.task_texts(name, self.data)
+            texts, labels = splits["train"]
+            train = bigs.Texts(texts[: self.most], labels[: self.most])
+            tasks[name] = splits | {"train": train}
+        return tasks
 
 
 def read_record(file: Path) -> list[dict[str, Any]]:
@@ -106,15 +130,11 @@ def recipe_of(
 
 
 def task_score(
-    name: str, splits: dict[str, bigs.Texts], most: int, model: bigs.BiGS, data, seed
+    name: str, splits: dict[str, bigs.Texts], model: bigs.BiGS, tokenizer, seed: int
 ) -> dict[str, Any]:
-    """Fine-tune a model on the first training examples of a task: the score after the
-    last epoch, and the answers.
-    """
-    texts, labels = splits["train"]
-    splits = splits | {"train": bigs.Texts(texts[:most], labels[:most])}
+    """Fine-tune a model on a task: the score after the last epoch, and the answers."""
     tuning = bigs.Tuning(learning_rate=3e-5 * 1024 / model.config.hidden_size)
-    run, _ = glue.tune(name, splits, model, data.tokenizer, tuning, "pretrained", seed)
+    run, _ = glue.tune(name, splits, model, tokenizer, tuning, "pretrained", seed)
     dev = next(iter(run["last"]))
     metric = bigs.GLUE[name].metrics[0]
     return {
@@ -127,14 +147,14 @@ def task_score(
 
 def one_run(
     config: bigs.Config,
-    plan: Plan,
     recipe: bigs.Recipe,
     data: bigs.Dataset,
     folder: Path,
+    tasks: dict[str, dict[str, bigs.Texts]],
     scores: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Pretrain in a folder, where a finished run is only read, and fine-tune on the
-    plan's tasks that have no score yet: what a record keeps of it.
+    tasks that have no score yet: what a record keeps of it.
     """
     loss = bigs.fast_loss_of(recipe)
     run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
@@ -145,10 +165,11 @@ def one_run(
         if "heldout" in record
     ]
     scores = dict(scores)
-    for name, splits in plan.tasks.items():
+    for name, splits in tasks.items():
         if name not in scores:
-            seed = recipe.seed
-            scores[name] = task_score(name, splits, plan.most, run.model, data, seed)
+            scores[name] = task_score(
+                name, splits, run.model, data.tokenizer, recipe.seed
+            )
     return {
         "heldout": curve[-1][1],
         "curve": curve,
@@ -169,10 +190,10 @@ def compare(
     """Make what runs the record still lacks, and fine-tune its runs on tasks that they
     lack; all runs of full length.
     """
-
     length = data.heldout[0].input_ids.shape[1]
+    tasks = plan.texts()
 
-    def done(plan, name, steps, rate, seed):
+    def done(name, steps, rate, seed, tasks):
         key = {
             "arm": name,
             "seed": seed,
@@ -184,25 +205,23 @@ def compare(
         runs = [run for run in read_record(record) if key.items() <= run.items()]
         known = runs[0] if runs else None
         scores = known["tasks"] if known else {}
-        if known and plan.tasks.keys() <= scores.keys():
+        if known and tasks.keys() <= scores.keys():
             return known
         folder = output / f"{name.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
         config = arms[name].config
         recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
-        found = key | one_run(config, plan, recipe, data, folder, scores)
+        found = key | one_run(config, recipe, data, folder, tasks, scores)
         add_to_record(record, found, instead_of=known)
         return found
 
     best = dict.fromkeys(arms, plan.rates[0])
     if len(plan.rates) > 1:
-        short = plan._replace(tasks={})
         for name in arms:
             tried = [
-                done(short, name, plan.rate_steps, rate, RATE_SEED)
-                for rate in plan.rates
+                done(name, plan.rate_steps, rate, RATE_SEED, {}) for rate in plan.rates
             ]
             best[name] = min(tried, key=lambda run: run["heldout"])["rate"]
     return [
-        done(plan, name, plan.steps, best[name], seed)
+        done(name, plan.steps, best[name], seed, tasks)
         for seed, name in itertools.product(seeds, arms)
     ]

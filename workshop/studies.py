@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,41 +93,29 @@ def texts_of(text: str) -> list[str]:
     ]
 
 
-def pieces_a_character(tokenizer, text: str) -> float:
-    """How many pieces a tokenizer cuts a text into, for each of its characters: a loss
+def pieces_a_character(tokenizer, texts: list[str]) -> float:
+    """How many pieces a tokenizer cuts texts into, for each of their characters: a loss
     of one nat a piece is so many nats a character.
     """
-    texts = texts_of(text)
     pieces = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return sum(map(len, pieces)) / sum(map(len, texts))
 
 
-def dataset_of(text: str, tokenizer, length: int, count: int) -> bigs.Dataset:
-    """A text as held-out rows, at most `count` of them."""
-    rows = bigs.rows_for(tokenizer, bigs.pack(texts_of(text), tokenizer, length))
-    return bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), text)
-
-
-def loss_by_frequency(model: BiGS, tokenizer, text: str, count: int = 512) -> float:
-    """Held-out loss, in nats per masked word, of knowing only how frequent each word of
-    this very text is, on the batches that the model's losses are of.
-    """
-    length = model.config.max_position_embeddings
-    data = dataset_of(text, tokenizer, length, count)
-    return bigs.frequency_loss(data.train, data.heldout)
+def dataset_of(
+    texts: list[str], tokenizer, length: int, count: int = 512
+) -> bigs.Dataset:
+    """Documents as held-out rows, at most `count` of them."""
+    rows = bigs.rows_for(tokenizer, bigs.pack(texts, tokenizer, length))
+    return bigs.Dataset(tokenizer, rows, bigs.fixed_batches(rows, count), "")
 
 
 LAGS = (-1, 0, 1, 2, 4, 8, 16, 32, 64, 127)
 
 
-def losses_shortened(
-    model: BiGS, tokenizer, text: str, count: int = 512
-) -> dict[str, float]:
-    """Held-out losses on a text, in nats per masked word, where all kernels end after a
-    lag of LAGS.
+def losses_shortened(model: BiGS, data: bigs.Dataset) -> dict[str, float]:
+    """Held-out losses, in nats per masked word, where all kernels end after a lag of
+    LAGS.
     """
-    length = model.config.max_position_embeddings
-    data = dataset_of(text, tokenizer, length, count)
     return {
         str(most): bigs.evaluate(shortened(model, most), data, bigs.fast_loss)
         for most in LAGS
@@ -151,14 +140,10 @@ def print_shortened(losses: dict[str, dict[str, float]]) -> None:
         print(f"lag {most:13s}{line}")
 
 
-def losses_without(
-    model: BiGS, tokenizer, text: str, count: int = 512
-) -> dict[str, float]:
-    """Held-out losses on a text, nats per masked word: with all kernels, without any,
-    without each, and without both of each layer.
+def losses_without(model: BiGS, data: bigs.Dataset) -> dict[str, float]:
+    """Held-out losses, in nats per masked word: with all kernels, without any, without
+    each, and without both of each layer.
     """
-    length = model.config.max_position_embeddings
-    data = dataset_of(text, tokenizer, length, count)
     layers = range(model.config.num_hidden_layers)
     none = np.zeros((len(layers), 2), bool)
     masks = {"nothing": none, "all": ~none}
@@ -173,3 +158,18 @@ def losses_without(
         silent = bigs.silenced(model, mask)
         losses[name] = bigs.evaluate(silent, data, bigs.fast_loss)
     return losses
+
+
+def reading_of(model: BiGS, tokenizer, text: str) -> dict[str, Any]:
+    """What a model reads in a text: its `losses` without kernels and with `shortened`
+    ones, the loss of knowing word `frequencies` only, in nats per masked word, and
+    `pieces_a_character`.
+    """
+    texts = texts_of(text)
+    data = dataset_of(texts, tokenizer, model.config.max_position_embeddings)
+    return {
+        "losses": losses_without(model, data),
+        "shortened": losses_shortened(model, data),
+        "frequencies": bigs.frequency_loss(data.train, data.heldout),
+        "pieces_a_character": pieces_a_character(tokenizer, texts),
+    }
