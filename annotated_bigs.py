@@ -23,15 +23,15 @@
 # | They have two [MASK], a boy and a girl. | children 37<!-- = guessed("children", SAYINGS[7]) --> %, sons 27<!-- = guessed("sons", SAYINGS[7]) --> %, daughters 18<!-- = guessed("daughters", SAYINGS[7]) --> % |
 # | The capital of France is [MASK]. | there 13<!-- = guessed("there", SAYINGS[0]) --> %, here 7<!-- = guessed("here", SAYINGS[0]) --> %, paris 3<!-- = guessed("paris", SAYINGS[0]) --> % |
 #
-# Two are right. In the third it offers adverbs of place before any city: so small a model knows more about the form of
-# sentences than about facts. What it knows about word order is in its curves, two per layer, and in a learned table of
-# positions, as BERT has it, which is added once at the input. Since the curves do not depend on the sentence, they can
-# be drawn, and taken away one at a time. If the curve of layer 5 from the right, which looks mostly at the next word,
-# is set to zero, and nothing is trained again, the loss on Wikipedia rises by 0.50<!-- =
-# boxed_reading()["losses"][WIKIPEDIA]["layer 5, backward"] -
-# boxed_reading()["losses"][WIKIPEDIA]["nothing"] --> nats per masked word: the probability of the right
-# word falls to 61<!-- = 100 * np.exp(boxed_reading()["losses"][WIKIPEDIA]["nothing"] -
-# boxed_reading()["losses"][WIKIPEDIA]["layer 5, backward"]) --> % of what it was, in the geometric mean.
+# Two are right. In the third it offers adverbs of place before any city: so small a model knows more about the form
+# of sentences than about facts. What it knows about word order is in its curves, two per layer, and in a learned
+# table of positions, as BERT has it, which is added once at the input. Since the curves do not depend on the
+# sentence, they can be drawn, and taken away one at a time. If the curve that layer 5 (counted from 0) slides from
+# the right, and which looks mostly at the next word, is set to zero, and nothing is trained again, the loss on
+# Wikipedia rises by 0.50<!-- = boxed_reading()["losses"][WIKIPEDIA]["layer 5, backward"] -
+# boxed_reading()["losses"][WIKIPEDIA]["nothing"] --> nats per masked word: the probability of the right word falls to
+# 61<!-- = 100 * np.exp(boxed_reading()["losses"][WIKIPEDIA]["nothing"] - boxed_reading()["losses"][WIKIPEDIA]["layer
+# 5, backward"]) --> % of what it was, in the geometric mean.
 #
 # ![Two columns of small filled step plots, one row a layer: kernels at step 0 on the left, after pretraining on the right, over relative positions -10 to 10](figures/kernels.png)
 #
@@ -871,9 +871,10 @@ def show_toys():
 # along whatever might be asked for, and 8 channels are too few for that. Attention carries nothing along. It compares
 # the name with each pair and copies one digit, and for that 8 channels are enough.
 #
-# But a product is not the only way. A GELU after the sum does nearly as well, since a threshold turns a sum into an
-# *and*: it passes what only both together exceed. Whether a language model learns more with products than with GELUs is
-# therefore a question for an experiment, and [section 14](#14-what-gates-are-worth) makes it.
+# But a product is not the only way. With enough channels a GELU after the sum does nearly as well, since a threshold
+# turns a sum into an *and*: it passes what only both together exceed. Whether a language model learns more with
+# products than with GELUs is therefore a question for an experiment, and [section 14](#14-what-gates-are-worth) makes
+# it.
 #
 # From here on we use letters, those of the paper; the code spells them in ASCII.
 #
@@ -1817,9 +1818,9 @@ def show_choice():
 
 
 # %% [markdown]
-# Up to 512 tokens no convolution beats the matrix; from 1024 on blocks are best, or nearly. So `convolve` decides by
-# length alone. Attention's layer is smaller, $12 d^2$ weights against $13 d^2$, and on the CPU it is cheaper at 128
-# tokens. No GPU was measured.
+# Up to 512 tokens no convolution beats the matrix by more than noise (up to 256 there is one block, which is the
+# matrix); from 1024 on blocks are best, or nearly. So `convolve` decides by length alone. Attention's layer is
+# smaller, $12 d^2$ weights against $13 d^2$, and on the CPU it is cheaper at 128 tokens. No GPU was measured.
 #
 # In the code the pass-through $D$ of (1) is added to $K_0$.
 
@@ -2157,7 +2158,8 @@ class GatedLayer(nnx.Module):
 # **How a layer starts.** A matrix with $d$ inputs and weights of standard deviation $\sigma$ makes what it is applied
 # to about $\sigma \sqrt{d}$ times as large. With the published $\sigma$ of 0.02 that is 0.64 at the published width
 # of 1024, and 0.23 at a width of 128. Seven such factors enter the output of a layer, which at 128 is almost zero. So
-# we let $\sigma$ follow the width.
+# we let $\sigma$ follow the width. (With the optimizer of section 10 the loss of short runs then depends little on
+# it, as [measured](#what-lets-a-small-model-learn).)
 #
 # <details><summary>How small, and whether it matters</summary>
 #
@@ -4457,13 +4459,13 @@ def configured(config: Config, recipe: Recipe) -> Config:
 # </details>
 #
 # `annotated` is ours, and made for small models. It masks 30 % of the words in place of 15 %, and leaves the table of
-# positions at zero, since a kernel already encodes distance; by themselves these lowered the held-out loss of short
-# runs by 0.26<!-- = screened_gain("masking 30 %") --> and 0.10<!-- = screened_gain("30 %, positions frozen") -
-# screened_gain("masking 30 %") --> nats. It has no dropout, does not decay the SSMs, and moves the matrices of the
-# layers by another optimizer, *Muon*. A model of six layers reached with it the final loss of `documented-small`, our
-# scaled-down version of the published recipe, after a third of the tokens
-# ([measured](#what-lets-a-small-model-learn), one run each; a part of the gain may come from that recipe's learning
-# rate and start, neither of which was tuned).
+# positions at zero, since a kernel already encodes distance (`boxed` has a table, to stay close to the published model);
+# by themselves these lowered the held-out loss of short runs by 0.26<!-- = screened_gain("masking 30 %") --> and
+# 0.10<!-- = screened_gain("30 %, positions frozen") - screened_gain("masking 30 %") --> nats. It has no dropout, does
+# not decay the SSMs, and moves the matrices of the layers by another optimizer, *Muon*. A model of six layers reached
+# with it the final loss of `documented-small`, our scaled-down version of the published recipe, after a third of the
+# tokens ([measured](#what-lets-a-small-model-learn), one run each; a part of the gain may come from that recipe's
+# learning rate and start, neither of which was tuned).
 #
 # <details><summary>Muon, decay, and the other recipes</summary>
 #
@@ -6412,8 +6414,8 @@ def show_glue():
 #
 # Beside the gated SSM of (9), which multiplies twice, there are five rivals. *Sum for product* adds $U_1$ and $U_2$
 # where (9) multiplies them. *Without V* leaves out the gate $V$ and gives its parameters to $W_u$. *No product* does
-# both, so the layer has no elementwise product. The *stacked SSM* is that of [section 6](#6-gating) with a GELU after
-# each SSM. The last is stacked attention. Each has the best of four learning rates.
+# both, so the layer has no elementwise product. The *stacked SSM* is that of [section 6](#6-gating), to which we add
+# a GELU after each SSM. The last is stacked attention. Each has the best of four learning rates.
 #
 # <details><summary>Statistics, what the runs share, and how rates were chosen</summary>
 #
@@ -6667,8 +6669,8 @@ def show_gates():
 # 0.10<!-- = -rival("no product").mean --> nats *below* the gated SSM, give or take 0.02<!-- = rival("no
 # product").half -->, and lower with every seed.<!-- if (rival("no product").differences < 0).all() --> Without $V$
 # alone the loss is 0.08<!-- = -rival("without V").mean --> lower, give or take 0.03<!-- = rival("without V").half
-# -->: its parameters do better in $W_u$, and *no product* shares this gain. The sum ends 0.03<!-- = -rival("sum for
-# product").mean --> lower: neither a difference nor equality is shown.
+# -->: its parameters do better in $W_u$, and *no product* shares this gain, which may be most of its own. The sum
+# ends 0.03<!-- = -rival("sum for product").mean --> lower: neither a difference nor equality is shown.
 #
 # The stacked SSM has no products either. It ends 0.05<!-- = rival("stacked SSM, GELU").mean --> nats above the gated
 # one (give or take 0.06<!-- = rival("stacked SSM, GELU").half -->: no difference is shown), but 0.15<!-- =
@@ -6711,8 +6713,9 @@ def show_routings():
 #
 # An SSM for each channel has an eighth more parameters and shows no gain<!-- if rival("an SSM a channel",
 # "routings").mean + rival("an SSM a channel", "routings").half > 0 --> (0.01<!-- = -rival("an SSM a channel",
-# "routings").mean --> nats, give or take 0.02<!-- = rival("an SSM a channel", "routings").half -->); the paper, too,
-# found sharing as good. The start of the poles made no difference that three seeds could tell.
+# "routings").mean --> nats, give or take 0.02<!-- = rival("an SSM a channel", "routings").half -->, equal by the
+# uncorrected test); the paper, too, found sharing as good. The start of the poles made no difference that three seeds
+# could tell.
 #
 # What these runs cannot say: whether attention needs gates, which was not run; and anything about larger models, more
 # text, tasks on pairs, or other recipes.
@@ -6944,9 +6947,9 @@ def draw_kernels():
 # | far ahead | 3, 14 | |
 # | all around | 10, 11, 18 | 4, more ahead |
 #
-# Row 7 changed least: it looked much like this at step 0. Its other direction vanished, the largest value is
-# 0.002<!-- = abs(boxed_kernels()["pretrained"][7, 1]).max() -->, so the last layer looks back only. (This is one run;
-# another seed may divide the work differently.)
+# Row 7 changed least: it looked much like this at step 0. Its other direction vanished (its reach is that of noise):
+# the largest value is 0.002<!-- = abs(boxed_kernels()["pretrained"][7, 1]).max() -->, so the last layer looks back
+# only. (This is one run; another seed may divide the work differently.)
 
 # %% [markdown]
 # ### What a kernel is worth
@@ -7026,12 +7029,13 @@ def show_silenced():
 
 # %% [markdown]
 # Without any kernel the loss rises by about four nats: 6.65<!-- = boxed_reading()["losses"][WIKIPEDIA]["all"] --> is
-# little better than word frequencies alone, 7.01<!-- = boxed_reading()["frequencies"][WIKIPEDIA] -->, although a
-# tenth of the words asked for are left unmasked. No single layer is worth nearly as much. The costliest are the
-# forward kernel of layer 7 and the backward one of layer 5, 0.7 and 0.5 nats. In layers 3 and 5 the forward kernel is
-# worth nothing once the backward one is gone. In layers 0, 1 and 4 losing both costs more than the two losses added,
-# as if each partly replaced the other.<!-- if all(found[f"layer {n}, both"] + found["nothing"] > found[f"layer {n},
-# forward"] + found[f"layer {n}, backward"] for found in boxed_reading()["losses"].values() for n in (0, 1, 4)) -->
+# little better than word frequencies alone, 7.01<!-- = boxed_reading()["frequencies"][WIKIPEDIA] -->, and the tenth
+# of the words asked for that stand unmasked in the text may explain that little. No single layer is worth nearly as
+# much. The costliest are the forward kernel of layer 7 and the backward one of layer 5, 0.7 and 0.5 nats. In layers 3
+# and 5 the forward kernel is worth nothing once the backward one is gone. In layers 0, 1 and 4 losing both costs more
+# than the two losses added, as if each partly replaced the other.<!-- if all(found[f"layer {n}, both"] +
+# found["nothing"] > found[f"layer {n}, forward"] + found[f"layer {n}, backward"] for found in
+# boxed_reading()["losses"].values() for n in (0, 1, 4)) -->
 #
 # How long must the kernels be? Let all of them, in all layers, end after a lag, and measure the loss.
 
@@ -7067,10 +7071,11 @@ def draw_shortened():
 
 
 # %% [markdown]
-# With one neighbour on each side about seven tenths of what silencing all costs is recovered; eight such layers can
-# reach eight words to either side. Lags beyond 16 are worth a tenth of a nat, those beyond 32 two to four hundredths
-# (over the three texts), and those beyond 64 nothing.<!-- if max(found["64"] - found["127"] for found in
-# boxed_reading()["shortened"].values()) < 0.004 --> (The texts were cut at 128 tokens.)
+# At lag 0 a token still reads itself by $K_0$, beside $D$. With one neighbour on each side about seven tenths of what
+# silencing all costs is recovered; eight such layers can reach eight words to either side. Lags beyond 16 are worth a
+# tenth of a nat, those beyond 32 two to four hundredths (over the three texts), and those beyond 64 nothing.<!-- if
+# max(found["64"] - found["127"] for found in boxed_reading()["shortened"].values()) < 0.004 --> (The texts were cut
+# at 128 tokens.)
 #
 # ### Figure 4
 #
@@ -7177,7 +7182,7 @@ def draw_finetuned():
 # and in small models of equal size, under our recipe, static kernels had learned far more than attention when
 # training ended. What it does badly is agreement across words: where another noun stands between subject and verb and
 # next to the verb, it prefers the right form of the verb in 35<!-- =
-# measured("grammar")["paradigms"]["distractor_agreement_relative_clause"] --> % of the pairs, so it follows the
+# measured("grammar")["paradigms"]["distractor_agreement_relative_clause"] --> % of such pairs, so it follows the
 # nearer noun ([the appendix](#a-model-in-the-box)). About two sentences, too, it learns little. Neither need be due
 # to static kernels: the paper's far larger BiGS agrees far better, and we have trained no attention model long enough
 # to compare.
