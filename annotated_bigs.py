@@ -634,9 +634,8 @@ def show_sentence():
 # one side alone can raise it: it is 0.5 at *not* and at *sleep*, and a word with two negations before it and no
 # action to come would get 1.5.
 #
-# BiGS does this with hundreds of learned channels, two learned curves in each layer, and many layers. What it cannot
-# learn is to look elsewhere when the words are different: whatever they are, the adjacent word counts fully and the
-# one beyond it half.
+# What no such layer can learn, however many channels it has, is to look elsewhere when the words are different:
+# whatever they are, the adjacent word counts fully and the one beyond it half.
 #
 # ### What has to be looked up
 #
@@ -1579,8 +1578,7 @@ def convolve_toeplitz(
 
 
 # %% [markdown]
-# The figure shows the two matrices of one layer. The layer never adds them: each makes an output of its own, and the
-# next section multiplies the two.
+# The two matrices of one layer, which the next section lets meet:
 
 
 # %%
@@ -2298,10 +2296,9 @@ def attend(
 
 
 # %% [markdown]
-# A stacked layer with attention in place of the SSMs is BERT's, and with BERT's weights it reproduces BERT's outputs
-# (`tests/test_bert.py`); only the dropouts inside BERT's layers are left out. The paper also tests gates around
-# attention; that code was not released. Ours has the dense layers of the gated layer: $W_f, W_b, W_{u_1}, W_{u_2}$
-# become the projections for queries, keys, values and output.
+# A stacked layer with attention in place of the SSMs is BERT's, without the dropouts inside: with BERT's weights it
+# gives BERT's outputs (`tests/test_bert.py`). The paper also tests gates around attention, by code that was not
+# released. In ours $W_f, W_b, W_{u_1}, W_{u_2}$ become the projections for queries, keys, values and output.
 
 
 # %%
@@ -2506,7 +2503,7 @@ def draw_layers():
 
 # %% [markdown]
 # Its weights: $3 d^2$ for each of $W_v, W_u, W_o$ and $d^2$ for each of the other four make $13 d^2$; the SSMs add
-# 516 numbers. The rest of the model is bookkeeping.
+# 516 numbers.
 
 # %% [markdown]
 # **Exercises**
@@ -2544,7 +2541,6 @@ def draw_layers():
 #
 # What turns words into arrays, and arrays into answers? The front is BERT's: the embeddings of the word, of its
 # position and of its segment are added and normalized, and dropout is applied; the encoder has no other dropout.
-# Position embeddings are the published model's choice; a convolution already encodes distance.
 
 
 # %%
@@ -2932,13 +2928,12 @@ def parameters(config: Config, task: str = "masked_lm") -> int:
 
 
 # %% [markdown]
-# Counting is the cheapest test of an architecture. With its masked-LM head the published model has 346,314,134<!-- =
-# parameters(large) --> parameters, and the file that the authors trained for length 512 has 346,707,350<!-- =
-# parameters(replace(large, max_position_embeddings=512)) -->, as published. Our `tiny` has 2.0<!-- = parameters(tiny) /
-# 1e6 --> million.
+# With its masked-LM head the published model has 346,314,134<!-- = parameters(large) --> parameters, and the file
+# that the authors trained for length 512 has 346,707,350<!-- = parameters(replace(large,
+# max_position_embeddings=512)) -->, as published. Our `tiny` has 2.0<!-- = parameters(tiny) / 1e6 --> million.
 #
-# The paper compares four architectures of about equal size. 24 stacked layers of $12 d^2$ stand against 23
-# gated ones of $13 d^2$. Written as configurations:
+# The paper compares four architectures of about equal size. 24 stacked layers of $12 d^2$ stand against 23 gated ones
+# of $13 d^2$:
 
 # %%
 bert = replace(
@@ -4692,9 +4687,6 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 # %% [markdown]
-# Next, a step on whatever devices there are.
-
-# %% [markdown]
 # **Exercises**
 #
 # 1. *A model gives the right word a probability of 0.1 at half of the places, and 0.001 at the others. What is its
@@ -5311,8 +5303,8 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 
 
 # %% [markdown]
-# Now the steps, one after another. Every batch is a function of the seed and the step, and so is dropout. So a run
-# that is resumed from a saved state is, to the bit, the run that was never interrupted. The docstring shows it.
+# Every batch is a function of the seed and the step, and so is dropout. So a run that is resumed from a saved state
+# is, to the bit, the run that was never interrupted. The docstring shows it.
 
 
 # %%
@@ -5526,7 +5518,7 @@ def draw_loss():
 # results()["history"][-1]["heldout"] -->. With word frequencies alone it would be 6.5<!-- = results()["frequencies"]
 # -->; what lies below that the model owes to the words around.
 #
-# An appendix runs the same loop for `base` on Wikipedia, [on a TPU or GPU](#on-a-tpu-or-gpu).
+# An appendix does the same for `base` [on a TPU or GPU](#on-a-tpu-or-gpu).
 #
 # <details><summary>Longer runs, and what happens when things go wrong</summary>
 #
@@ -6229,8 +6221,7 @@ def compare_order():
 # %% [markdown]
 # ### GLUE, with a small model
 #
-# GLUE itself is one command, and [an appendix](#glue) holds what lies around it, from the official files to the answers
-# that the GLUE server takes:
+# GLUE itself is one command ([an appendix](#glue) tells the rest):
 #
 #     python annotated_bigs.py finetune --task all --model runs/large --data glue/ --seeds 6 --search --output runs/glue
 #
@@ -6835,7 +6826,7 @@ def draw_rows(stages: dict[str, Float[np.ndarray, "layers 2 L"]]):
 
 
 # %% [markdown]
-# Step 0 stands beside the trained model, so that what was learned can be told from what was drawn at random.
+# Beside the trained model stands step 0, before anything was learned.
 
 
 # %%
