@@ -22,13 +22,14 @@ def marked(case):
 # The largest difference that is let pass, as make_net.difference measures it: about
 # four times what was seen where nothing but rounding differed. Measured with jax 0.10.2
 # on a CPU: the compiler's default optimization, not the tests' (none), layers scanned
-# instead of written out, and weights moved by an ulp, all together.
+# instead of written out, and weights moved by an ulp, all together; losses also on a
+# processor without AVX-512.
 TOLERANCES = {
     "logits": 1e-4,  # seen: 2.8e-5
     "answers": 5e-5,  # 1.2e-5
     "loss": 4e-6,  # 1.0e-6
     "gradient": 4e-4,  # 7.8e-5
-    "losses": 1e-5,  # 2.7e-6
+    "losses": 5e-5,  # 1.2e-5
     "moved": 6e-4,  # 1.3e-4
     "tuned": 4e-4,  # 1.0e-4
 }
