@@ -114,8 +114,7 @@ if "google.colab" in sys.modules:
 #
 # Nothing here is needed to follow the argument; read on with [a sentence](#2-a-sentence-by-hand).
 #
-# What do we stand on? JAX for arrays and derivatives, Flax for modules, Optax for the optimizer. Libraries
-# that only one section needs are imported there, which keeps `import annotated_bigs` quick.
+# What do we stand on? JAX for arrays and derivatives, Flax for modules, Optax for the optimizer.
 #
 # An annotation such as `Float[Array, "L d"]` is a claim about an array, its numbers and its axes, and the tests check
 # it at run time. `Complex` stands for complex numbers, `Inexact` for real or complex ones, a star for any number of
@@ -150,9 +149,9 @@ AnyArray = Array | np.ndarray
 sys.modules.setdefault("annotated_bigs", sys.modules[__name__])
 
 # %% [markdown]
-# A user's mistake, such as a missing path or a file that is not text, raises one kind of error. It names the place and
-# the remedy, and the command line prints it as one line. One case of it is not the user's fault: this file can be read
-# and run alone, without the folder `data/` that comes with it.
+# A user's mistake, such as a missing path or a file that is not text, raises one kind of error. It names the place
+# and the remedy, and the command line prints it as one line. This file can also be read and run alone, without the
+# folder `data/` that comes with it.
 
 
 # %% tags=["appendix"]
@@ -188,10 +187,9 @@ def choose(table: dict[str, Any], field: str, name: str) -> Any:
 
 
 # %% [markdown]
-# A cell marked `example` runs when the document is read: in a notebook, or as a script without
-# arguments. On import, and under a command such as `python annotated_bigs.py figures`, it only
-# defines itself. An example that shows what lies in `data/` says so where that is missing, and the document goes on.
-# The last cell of the document lists how long each example took.
+# A cell marked `example` runs when the document is read: in a notebook, or as a script without arguments. On import,
+# and under a command such as `python annotated_bigs.py figures`, it only defines itself. An example that shows what
+# lies in `data/` says so where that is missing, and the document goes on.
 
 # %% tags=["appendix"]
 START = time.perf_counter()
@@ -222,7 +220,7 @@ def example(function: Callable) -> Callable:
 # %% [markdown]
 # What comes with the document lies in `figures/` and `data/`. Reading it changes neither: what a reader's own run
 # draws, measures and trains goes to `runs/`, beside this file or, where that cannot be written, in the working
-# directory or a temporary one. (`make notebook` runs the document and then publishes its figures and numbers.)
+# directory or a temporary one.
 
 # %% tags=["appendix"]
 HERE = Path(globals().get("__file__", "annotated_bigs.py")).resolve().parent
@@ -247,13 +245,11 @@ RUNS = writable_folder(HERE, Path.cwd())
 RESULTS = RUNS / "data" / "tiny.json"  # what the demonstration measures
 
 # %% [markdown]
-# A program can be killed at any moment, and files that were whole must stay whole. So no file is written in place. It
-# is written in a folder `.part-...` beside its place and renamed at the end, which happens in one step. The files of a
-# model belong together, weights and tokenizer, but a system renames them one by one, and cannot replace a folder that
-# holds something. Where there is no folder yet, the new one is renamed as a whole. Otherwise it is moved into the old
-# one as `annotated_bigs.incoming`. That, too, is one step, and from then on the new files count: `finish_writing` moves
-# them to their places, and if it is killed, the next one who reads or writes this folder calls it again. All that a
-# kill leaves behind is a folder `.part-...`, which can be deleted.
+# A program can be killed at any moment, and files that were whole must stay whole. So a file is written in a folder
+# `.part-...` beside its place and renamed at the end, which happens in one step. No system renames a folder over one
+# that holds something; there the new files are moved into the old folder as `annotated_bigs.incoming`, in one step,
+# too, and from then on they count: `finish_writing` moves them to their places, and if it is killed, the next one who
+# reads or writes this folder calls it again.
 
 # %% tags=["appendix"]
 PART = ".part-"  # how the name of a folder begins that holds something unfinished
@@ -519,11 +515,10 @@ def measured(name: str) -> dict[str, Any]:
 
 
 # %% [markdown]
-# The next function is for the CPU. A training step allocates large buffers and frees them when it ends. The C
-# library returns such buffers to the operating system and gets them back, page by page, in the middle of the
-# next step. We ask it to keep them, which made a training step [half again as
-# fast](#the-published-way-and-what-each-change-gains). The settings take effect only before JAX starts its threads. So
-# `which_device` makes them for the document and `main` for a command; importing never does.
+# The next function is for the CPU. The C library returns the large buffers of a training step to the operating system
+# and gets them back, page by page, in the next step. We ask it to keep them, which made a training step [half again
+# as fast](#the-published-way-and-what-each-change-gains). The settings take effect only before JAX starts its
+# threads. So `which_device` makes them for the document and `main` for a command; importing never does.
 
 
 # %% tags=["appendix"]
@@ -580,8 +575,7 @@ def which_device():
 
 
 # %% [markdown]
-# Examples now run where they are read, a user's mistake is one kind of error, and figures and numbers say where they
-# come from. Next, a sentence by hand.
+# Next, a sentence by hand.
 
 # %% [markdown]
 # ## 2. A sentence by hand
@@ -5782,12 +5776,11 @@ def encode(
 
 
 # %% [markdown]
-# How much of a batch is padding? Most sentences of GLUE are short, and the models read 128 tokens or more. Because
-# padding is masked out in our models, a batch need only be padded to its longest text. Texts of similar length should
-# then share a batch, and batches should have few different lengths, since each length is compiled once. So an epoch is
-# shuffled, sorted by length within every 64 batches, cut into batches, and these are shuffled again. In such batches a
-# model of six layers went through CoLA 6.6<!-- = cut_speed("cola") --> times as fast as in batches padded to 128
-# tokens, and through SST-2 5.7<!-- = cut_speed("sst2") --> times.
+# Most sentences of GLUE are short, and the models read 128 tokens or more. Padding is masked out in ours, so a batch
+# need only be padded to its longest text; texts of similar length should share one, and lengths should be few, since
+# each is compiled once. So an epoch is shuffled, sorted by length within every 64 batches, cut into batches, and
+# these are shuffled again. In such batches a model of six layers went through CoLA 6.6<!-- = cut_speed("cola") -->
+# times as fast as in batches padded to 128 tokens, and through SST-2 5.7<!-- = cut_speed("sst2") --> times.
 
 
 # %% tags=["appendix"]
@@ -6410,11 +6403,10 @@ def show_glue():
 #
 # <details><summary>Statistics, what the runs share, and how rates were chosen</summary>
 #
-# Five seeds were planned; not all have been run yet. The table gives for each rival the mean difference of its held-out
-# loss from the gated SSM's, over the seeds that both have, with Student's 95 % interval; a $p$ value, corrected by
-# Holm's method because there are several contrasts; and a second $p$ for the opposite claim, that the two are within
-# 0.03 nats of each other, from two one-sided tests. Scores after fine-tuning have an interval only. CoLA's is Matthews'
-# correlation times 100, SST-2's the per cent of right answers.
+# Five seeds were planned; not all have been run yet. The interval is Student's; the $p$ value is corrected by Holm's
+# method because there are several contrasts; that of the opposite claim, that two are within 0.03 nats of each other,
+# comes from two one-sided tests. CoLA's score is Matthews' correlation times 100, SST-2's the per cent of right
+# answers.
 #
 # Numbers of parameters are equal to within 0.1<!-- = 100 * (max(run["parameters"] for run in runs_of("gates")) /
 # min(run["parameters"] for run in runs_of("gates")) - 1) --> %. Width, depth, start, place of the LayerNorm and pooler
@@ -7347,9 +7339,8 @@ def draw_finetuned():
 #
 # `--corpus` also takes a data set of the hub, by name, which is streamed. Whatever it is, a corpus falls into parts,
 # files or the shards of the data set, and each part says what it depends on: a file on its bytes, wherever it lies
-# and however it came there. (Reading them all at every start takes a second for each gigabyte or so; a run of days
-# can be resumed on another machine for that.) A shard of the hub is known by its name and number only. Rows take four
-# bytes a token, 4 GB a billion; they lie in the cache of `datasets`.
+# and however it came there. A shard of the hub is known by its name and number only. Rows take four bytes a token, 4
+# GB a billion; they lie in the cache of `datasets`.
 #
 # A vocabulary of one's own is trained on the beginning of every part, 50 megabytes in all, and kept beside the cache.
 # Any other comes from a file like BERT's, with a piece on each line, from a folder, or from the hub.
@@ -7387,17 +7378,15 @@ def show_pretraining():
 
 # %% [markdown]
 # A larger vocabulary needs fewer tokens for the same text, and more work for each. The losses cannot be compared with
-# each other: to guess one of 30,522 pieces is another task than to guess one of 8192. Both runs stop after 200<!-- =
-# pretrained()["mini-own"]["recipe"]["steps"] --> steps; they show that the way from a folder of compressed files
-# to a model is open, not what such a model can learn.
+# each other. Both runs stop after 200<!-- = pretrained()["mini-own"]["recipe"]["steps"] --> steps; they show that the
+# way from a folder of compressed files to a model is open, not what such a model can learn.
 
 # %% [markdown]
 # ### GLUE
 #
 # `finetune` runs the tasks of GLUE over seeds, from the hub or from the official files. These are tables with tabs
-# between columns and without quoting: a quotation mark is only a character. CoLA's have no header, and QQP's have a
-# few broken lines, which other readers pass over silently. So do we there, but say how many; everywhere else a line
-# that does not fit is an error, for half a line may hide half a file.
+# and without quoting. QQP's have a few broken lines, which are passed over and counted; everywhere else a line that
+# does not fit is an error.
 #
 # A run is a task, a variant of the setting and a seed. What it found stands in a file of its own, and a command that
 # was killed goes on with the next. For each task the best model of the first variant is kept, and its answers to the
@@ -7940,8 +7929,7 @@ def show_recipes():
 # turns; the runs shared theirs with other work. A step by `annotated`, with Muon and without dropout, takes 1.1<!-- =
 # step_seconds("annotated") / step_seconds("documented-small") --> times as long as one by `documented-small`.)
 #
-# What this size cannot say: whether any of it holds for `base` and `large`. Muon's rate is known to carry over between
-# widths better than AdamW's, but nothing of the kind was run here.
+# What this size cannot say is whether any of it holds for `base` and `large`.
 
 # %% [markdown]
 # ## Appendix B. How close to the hardware?
