@@ -383,11 +383,11 @@ FAULTS = [
     ),
     Fault(
         name="loss averaged over all places",
-        where="masked_loss",
+        where="mean_loss",
         old="jnp.maximum(counted.sum(), 1)",
         new="counted.size",
         tests=(
-            doctest("masked_loss"),
+            doctest("mean_loss"),
             "tests/test_training.py::test_loss_ignores_what_is_not_asked",
             net("gradient-gated-ssm-float32"),
         ),

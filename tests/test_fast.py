@@ -34,7 +34,8 @@ KINDS = {
     "no product": {"block": "no-product"},
     "stacked, GELU": {"block": "stack-gelu"},
 }
-MOST = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 0.1)}
+# In bfloat16 the plain gradient itself is 0.1 to 0.4 away from that in float32.
+MOST = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 0.2)}
 
 
 def model_and_batch(**changes):

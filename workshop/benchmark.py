@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -245,6 +246,7 @@ WAYS = (
     "FFT convolutions",
     "logits everywhere",
     "one-hot cross-entropy",
+    "words last",
 )
 
 
@@ -273,13 +275,17 @@ def loss_by(
         positions = None
     mask = jnp.ones((rows, L), bool)
     x = bigs.encode_at(model.encoder, batch.input_ids, mask, None, key, positions)
-    logits = model.head(x, model.encoder.words).astype(jnp.float32)
-    if "one-hot cross-entropy" not in ways:
-        return bigs.masked_loss(logits, labels)
-    wanted = jax.nn.one_hot(labels, logits.shape[-1])
-    losses = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
-    counted = labels > 0
-    return (losses * counted).sum() / counted.sum()
+    labels = labels.reshape(-1)
+    if "words last" in ways:
+        axis, logits = 1, model.head(x, model.encoder.words).reshape(len(labels), -1)
+    else:
+        axis, logits = 0, bigs.words_first(model.head, x, model.encoder.words)
+    if "one-hot cross-entropy" in ways:
+        wanted = jax.nn.one_hot(labels, logits.shape[axis], axis=axis)
+        losses = -(wanted * jax.nn.log_softmax(logits, axis)).sum(axis)
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels, axis)
+    return bigs.mean_loss(losses, labels)
 
 
 def step_by(ways: Iterable[str], recipe: bigs.Recipe) -> Callable:
