@@ -277,9 +277,11 @@ def loss_by(
     x = bigs.encode_at(model.encoder, batch.input_ids, mask, None, key, positions)
     labels = labels.reshape(-1)
     if "words last" in ways:
-        axis, logits = 1, model.head(x, model.encoder.words).reshape(len(labels), -1)
+        axis = 1
+        logits = model.head(x, model.encoder.words).reshape(len(labels), -1)
     else:
-        axis, logits = 0, bigs.words_first(model.head, x, model.encoder.words)
+        axis = 0
+        logits = bigs.words_first(model.head, x, model.encoder.words)
     if "one-hot cross-entropy" in ways:
         wanted = jax.nn.one_hot(labels, logits.shape[axis], axis=axis)
         losses = -(wanted * jax.nn.log_softmax(logits, axis)).sum(axis)
