@@ -175,8 +175,8 @@ def test_speeds_that_are_told_were_measured(readme):
     ratios = {row["route"]: row["ratio"] for row in rows if row["length"] == 4096}
     assert f"{ratios['blocks']:.2f} times" in readme
     assert f"{ratios['fft']:.1f} times" in readme
-    # "Little more than a third of the time."
-    assert 2.5 < bigs.factors()["ours"]["speed"] < 3
+    assert "a third of the time of one made the published way" in readme
+    assert 2.8 < bigs.factors()["ours"]["speed"] < 3.2
 
 
 def test_the_card_tells_how_it_was_made_and_what_it_is_not_for(card):
