@@ -161,20 +161,17 @@ def in_numbers(run: Run, config: bigs.Config, steps: int) -> Numbers:
     def rates(peak):
         return np.asarray(jax.vmap(learning_rate(way, steps, peak))(every), np.float32)
 
+    as_they_are = ("start", "last", "positions", "b2", "eps", "decay", "ssm_rate")
+    same = {name: np.float32(getattr(way, name)) for name in as_they_are}
+    steps_of = run.seed if way.even_steps else -1
     return Numbers(
         seed=np.uint32(run.seed),
-        start=np.float32(way.start),
-        last=np.float32(way.last),
-        positions=np.float32(way.positions),
-        steps=even_steps(config, run.seed if way.even_steps else -1).astype(np.float32),
+        steps=even_steps(config, steps_of).astype(np.float32),
         rates=rates(way.rate),
         adam_rates=rates(way.adam_rate),
-        b2=np.float32(way.b2),
-        eps=np.float32(way.eps),
-        decay=np.float32(way.decay),
         ssm_decay=np.float32(way.decay * way.ssm_decay),
-        ssm_rate=np.float32(way.ssm_rate),
         clip=np.float32(way.clip or np.inf),
+        **same,
     )
 
 
