@@ -2645,6 +2645,7 @@ class MaskedLMHead(nnx.Module):
         return logits.astype(jnp.float32) + self.bias[...]
 
     def transform(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
+        """What the table of words is compared with, for each vector."""
         return self.norm(gelu_exact(self.dense(x)))
 
 
@@ -5628,7 +5629,7 @@ class Task:
 # The nine tasks of GLUE, and ours:
 
 # %% tags=["appendix"]
-SAME = ("0", "1")
+BINARY = ("0", "1")
 PAIR = ("sentence1", "sentence2")
 ENTAILED = ("entailment", "not_entailment")
 TO_LEARN = 1000  # sentences of the task that needs no download
@@ -5671,7 +5672,7 @@ GLUE = {
         "QQP",
         ("question1", "question2"),
         "is_duplicate",
-        SAME,
+        BINARY,
         ("f1", "accuracy"),
         {"dev": 40430},
     ),
@@ -5688,7 +5689,7 @@ GLUE = {
         "SST-2",
         ("sentence",),
         "label",
-        SAME,
+        BINARY,
         ("accuracy",),
         split_sizes(67349, 872, 1821),
     ),
@@ -5696,7 +5697,7 @@ GLUE = {
         "MRPC",
         ("#1 String", "#2 String"),
         "Quality",
-        SAME,
+        BINARY,
         ("f1", "accuracy"),
         split_sizes(3668, 408, 1725),
         after="mnli",
@@ -5705,7 +5706,7 @@ GLUE = {
         "CoLA",
         ("sentence",),
         "label",
-        SAME,
+        BINARY,
         ("matthews",),
         split_sizes(8551, 1043, 1063),
     ),
@@ -5718,8 +5719,15 @@ GLUE = {
         split_sizes(5749, 1500, 1379),
         after="mnli",
     ),
-    "wnli": Task("WNLI", PAIR, "label", SAME, ("accuracy",), split_sizes(635, 71, 146)),
-    "order": Task("", ("sentence",), "label", SAME, ("accuracy",), {}),
+    "wnli": Task(
+        "WNLI",
+        PAIR,
+        "label",
+        BINARY,
+        ("accuracy",),
+        split_sizes(635, 71, 146),
+    ),
+    "order": Task("", ("sentence",), "label", BINARY, ("accuracy",), {}),
 }
 
 # %% [markdown]
@@ -6504,7 +6512,7 @@ def by_seed(
     return found
 
 
-SAME = 0.03  # nats of held-out loss that count as no difference
+NEGLIGIBLE = 0.03  # nats of held-out loss that count as no difference
 
 
 class Contrast(NamedTuple):
@@ -6602,7 +6610,7 @@ NEAREST = {  # of architectures with one seed, which have that one's learning ra
     ),
 )
 def gates_figure():
-    drawing, (left, right) = canvas(1, 2, (9, 3.2))
+    drawing, (left, right) = canvas(1, 2, (9, 3.8))
     losses = by_seed(runs_of("gates"))
     several = [arm for arm in losses if len(losses[arm]) > 1]
     palette = (INK, BLUE, "#2f9e8f", "#8a5fb0", "#b7791f", RED)
@@ -6614,15 +6622,8 @@ def gates_figure():
         style = "-" if arm in several else "--"
         left.plot(tokens[1:] / 1e6, loss[1:], style, color=color, label=arm)
     left.set(xlabel="tokens read (millions)", ylabel="held-out loss (nats)")
-    left.legend(
-        frameon=False,
-        fontsize=7,
-        ncols=2,
-        columnspacing=1,
-        labelspacing=0.3,
-        loc=(0.22, 0.36),
-    )
-    right.axvspan(-SAME, SAME, color=GREY, alpha=0.3, lw=0)
+    drawing.legend(loc="outside lower center", ncols=5, frameon=False)
+    right.axvspan(-NEGLIGIBLE, NEGLIGIBLE, color=GREY, alpha=0.3, lw=0)
     rivals = [arm for arm in several[1:] if "attention" not in arm]
     for row, arm in enumerate(rivals):
         found = contrast(losses[arm], losses["gated SSM"])
@@ -6658,8 +6659,8 @@ def columns_of(found: Contrast) -> str:
 def print_contrasts(runs: list[dict[str, Any]]) -> None:
     """For the loss and each task the mean of every architecture, and how far it is
     above the first one, with a 95 % interval; for the loss also the p value of a
-    difference, corrected by Holm's method, and that of two lying within SAME. One seed
-    alone has neither.
+    difference, corrected by Holm's method, and that of a NEGLIGIBLE one. One seed alone
+    has neither.
 
     >>> arms = ("gated SSM", 3.0), ("gated SSM", 3.2), ("no routing", 4.1)
     >>> runs = [
@@ -6683,14 +6684,14 @@ def print_contrasts(runs: list[dict[str, Any]]) -> None:
         corrected = holm([contrasts[arm].p for arm in tested])
         p_values = dict(zip(tested, corrected, strict=True))
 
-        heading = f"       p  p, within {SAME}" if what == "heldout" else ""
+        heading = f"       p  p, within {NEGLIGIBLE}" if what == "heldout" else ""
         print(f"{what:19s}seeds     mean       difference{heading}")
         for arm, values in scores.items():
             line = f"{arm:19s}{len(values):5d}{np.mean(list(values.values())):9.3f}"
             if arm in contrasts:
                 line += columns_of(contrasts[arm])
             if arm in p_values:
-                same = no_difference(contrasts[arm].differences, SAME)
+                same = no_difference(contrasts[arm].differences, NEGLIGIBLE)
                 line += f"{p_values[arm]:8.3f}{same:16.3f}"
             print(line)
 

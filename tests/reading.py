@@ -264,12 +264,18 @@ def check_appendix_tags(document: Document) -> list[str]:
 
 
 def check_names(document: Document) -> list[str]:
-    """A room uses only names of its own or earlier rooms, in code and in doctests."""
+    """A room uses only names of its own or earlier rooms, in code and in doctests, and
+    no name stands for two things.
+    """
     home = {}
-    for cell in document.code:
-        for name in bound(cell.source):
-            home.setdefault(name, cell.room)
     complaints = []
+    for cell in document.code:
+        names = bound(cell.source) - {"_"}
+        complaints += [
+            f"{cell.where}: {name} has a meaning in room {home[name]}"
+            for name in sorted(names & home.keys())
+        ]
+        home |= dict.fromkeys(names - home.keys(), cell.room)
     for cell in document.code:
         uses = [("", loaded(cell.source))]
         for owner, text in docstrings(cell.tree):

@@ -261,6 +261,18 @@ GOOD = '''# %% [markdown]
 # %%
 import math
 
+COMMANDS = {}
+
+
+def figure(**given):
+    """Keep what draws a figure.
+
+    >>> figure()(1)
+    1
+    """
+    return lambda function: COMMANDS.setdefault("draw", function)
+
+
 # %% [markdown]
 # ## 0. Front
 #
@@ -316,14 +328,8 @@ def line(model):
 # ## Appendix A. Tools
 
 # %% tags=["appendix"]
-def figure(**given):
-    return lambda function: COMMANDS.setdefault("draw", function)
-
-
-COMMANDS = {}
+TOOLS = None
 '''
-# In GOOD room 1 uses a tool of the appendix, to keep the document small.
-GOOD = GOOD.replace("import math\n", "import math\n\nfigure = COMMANDS = None\n")
 GOOD = GOOD.replace(
     "## 1.", "".join(f"## {n}. Room\n# " for n in range(1, 17)) + "## 17.", 1
 )
@@ -344,7 +350,7 @@ def make(tmp_path):
     return build
 
 
-MINIATURE = RULES | {"check_doctests": partial(reading.check_doctests, least=2)}
+MINIATURE = RULES | {"check_doctests": partial(reading.check_doctests, least=3)}
 CELL = "SCALE = 2\n"
 
 
@@ -368,6 +374,7 @@ BREAKS = [
     ("check_appendix_tags", ' tags=["appendix"]', "", "tags are"),
     ("check_appendix_tags", "# %%\nclass", '# %% tags=["appendix"]\nclass', "tags are"),
     ("check_names", CELL, CELL + "Model\n", "Model comes from room 17"),
+    ("check_names", "class Model:", "SCALE = 3\n\n\nclass Model:", "SCALE has a meaning"),
     (
         "check_names",
         "return x / SCALE",
@@ -400,7 +407,7 @@ BREAKS = [
         "130 columns",
     ),
     ("check_doctests", "    >>> half(4.0) * SCALE\n", "", "half has no doctest"),
-    ("check_doctests", "    >>> Model().rate\n    2\n", "", "only 1 doctest"),
+    ("check_doctests", "    >>> Model().rate\n    2\n", "", "only 2 doctest"),
     ("check_doctests", CELL, CELL + "\ndef f():\n    pass\n", "f has no doctest"),
     ("check_words", "$y = a$", "$y = a$ It Simply works.", "Simply"),
     ("check_words", 'caption="A line."', 'caption="This is just it."', "just"),
@@ -430,7 +437,7 @@ BREAKS = [
     ("check_figures", 'name="line"', 'name="lines"', "line.png is drawn by nothing"),
     (
         "check_figures",
-        "COMMANDS = {}\n",
+        "TOOLS = None\n",
         '@figure(name="line")\ndef g(): 0\n',
         "two figures",
     ),

@@ -537,27 +537,19 @@ def command_inspect(
         found["finetuned"] = bigs.kernels_of(pretrained_model(finetuned))
         print_moved(found["pretrained"], found["finetuned"])
 
-    readings = {
-        Path(text).name: studies.reading_of(network, tokenizer, text)
-        for text in heldout
-    }
-    for text, reading in readings.items():
+    readings = studies.readings_of(network, tokenizer, heldout)
+    for text, losses in readings.get("losses", {}).items():
         print(text)
-        bigs.print_silenced(reading["losses"])
-        print(f"word frequencies alone: {reading['frequencies']:.3f}")
+        bigs.print_silenced(losses)
+        print(f"word frequencies alone: {readings['frequencies'][text]:.3f}")
     if readings:
-        studies.print_shortened({t: r["shortened"] for t, r in readings.items()})
+        studies.print_shortened(readings["shortened"])
 
     if output is not None:
         with bigs.write_folder_whole(output) as part:
             np.savez_compressed(part / "kernels.npz", **found)
             if readings:
-                kinds = next(iter(readings.values()))
-                by_kind = {
-                    kind: {text: reading[kind] for text, reading in readings.items()}
-                    for kind in kinds
-                }
-                bigs.keep_results(part / "reading.json", **by_kind)
+                bigs.keep_results(part / "reading.json", **readings)
 
 
 def command_compare(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,4 +173,17 @@ def reading_of(model: BiGS, tokenizer, text: str) -> dict[str, Any]:
         "shortened": losses_shortened(model, data),
         "frequencies": bigs.frequency_loss(data.train, data.heldout),
         "pieces_a_character": pieces_a_character(tokenizer, texts),
+    }
+
+
+def readings_of(
+    model: BiGS, tokenizer, texts: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """`reading_of` each text, by what was read and then by the name of the file; empty
+    without texts.
+    """
+    each = {Path(text).name: reading_of(model, tokenizer, text) for text in texts}
+    kinds = next(iter(each.values()), {})
+    return {
+        kind: {text: reading[kind] for text, reading in each.items()} for kind in kinds
     }
