@@ -1630,12 +1630,11 @@ def draw_triangles():
 # $$ y_{cQ+i} = \sum_{j \le i} K_{i-j}\,u_{cQ+j} + \operatorname{Re} \sum_n C_n \bar A_n^{\,i+1} h_{c,n},
 #    \qquad h_{c+1} = \bar A^{\,Q} h_c + \sum_j \bar A^{\,Q-1-j} \bar B\,u_{cQ+j}. \tag{8} $$
 #
-# The first sum is (7) inside a block, the second is what the past left behind. A complex number is a pair of real ones
-# here, so everything is a product of real matrices of width $d$. Backward, the places inside a block and the blocks
-# themselves are counted from the end. From block to block the state fades and turns, and what each block wrote is
-# added: a recurrence like (2), with one update for $Q$ tokens. `convolve_blocks` writes, carries, and then convolves
-# and reads side by side, as one product. (How the states are carried is an argument, because [the fast
-# form](#the-same-step-fast) has another way for up to 64<!-- = FEW_BLOCKS --> blocks, a product with a small triangular
+# The first sum is (7) inside a block, the second is what the past left behind. A complex number is a pair of real
+# ones here, so everything is a product of real matrices of width $d$. Backward, the places inside a block and the
+# blocks themselves are counted from the end. From block to block this is a recurrence like (2), with one update for
+# $Q$ tokens. `convolve_blocks` writes, carries, and then convolves and reads as one product. ([The fast
+# form](#the-same-step-fast) carries up to 64<!-- = FEW_BLOCKS --> blocks by a product with a small triangular
 # matrix.)
 #
 # The papers on [state-space duality](https://arxiv.org/abs/2405.21060) split systems that change with time in the same
@@ -1865,9 +1864,6 @@ def convolve(
 
 
 # %% [markdown]
-# A kernel can now be slid over a sentence in whichever way the hardware prefers.
-
-# %% [markdown]
 # **Exercises**
 #
 # 1. *How many multiplications does the Toeplitz product need for one channel of 128 tokens?*
@@ -1927,8 +1923,8 @@ def convolve(
 #
 # Here $W X$ is a dense layer on each token. There are two elementwise products, both written $\otimes$. In $U_1
 # \otimes U_2$ what was gathered from the left meets what was gathered from the right; in $U \otimes V$ the result
-# meets the token itself. With $f = g(W_f X)$ and $b = g(W_b X)$, without biases and with $D$ in $K_0$, the first is
-# (a dense layer mixes channels, a shared kernel mixes tokens, so their order is free)
+# meets the token itself. A dense layer mixes channels and a shared kernel mixes tokens, so their order is free. With
+# $f = g(W_f X)$ and $b = g(W_b X)$, without biases and with $D$ in $K_0$, the first product is therefore
 #
 # $$ (U_1 \otimes U_2)_i = \sum_{j \le i \le k} K^f_{i-j}\, K^b_{k-i}\; (W_{u_1} f_j) \otimes (W_{u_2} b_k). $$
 #
@@ -2008,8 +2004,7 @@ class Config:
 
 
 # %% [markdown]
-# All dense layers of the encoder start from one normal distribution. Products are in the type of the config;
-# parameters and the statistics of a LayerNorm stay in float32.
+# All dense layers of the encoder start from one normal distribution.
 
 # %%
 # One function for each start: models of one shape then share their compiled programs.
@@ -2045,9 +2040,9 @@ def layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 # %% [markdown]
 # **The batch enters here.** A batch of texts is an array of shape $(\text{batch}, L, d)$, padded to a common length,
-# and `mask` is true at its real tokens. One kernel serves every channel of every text: the functions of section 5 take
-# the batch as it is. Inputs at padding are set to zero, so the result does not depend on how far a text is padded. (In
-# the published model padding is convolved like any other token; `mask_padding=False` restores that.)
+# and `mask` is true at its real tokens. The functions of section 5 take the batch as it is. Inputs at padding are set
+# to zero, so the result does not depend on how far a text is padded. (In the published model padding is convolved
+# like any other token; `mask_padding=False` restores that.)
 
 
 # %%
@@ -2150,18 +2145,16 @@ class GatedLayer(nnx.Module):
 # **How a layer starts.** A matrix with $d$ inputs and weights of standard deviation $\sigma$ makes what it is applied
 # to about $\sigma \sqrt{d}$ times as large. With the published $\sigma$ of 0.02 that is 0.64 at the published width
 # of 1024, and 0.23 at a width of 128. Seven such factors enter the output of a layer, which at 128 is almost zero. So
-# we let $\sigma$ follow the width. (With the optimizer of section 10 the loss of short runs then depends little on
-# it, as [measured](#what-lets-a-small-model-learn).)
+# we take $\sigma = 0.02 \sqrt{1024 / d}$, which gives 0.64 at every width. (With Muon, an optimizer of [section
+# 10](#10-loss-schedule-optimizer), it made [no difference](#what-lets-a-small-model-learn) that could be measured;
+# with AdamW it was not measured by itself.)
 #
-# <details><summary>How small, and whether it matters</summary>
+# <details><summary>How small</summary>
 #
 # Multiply all seven matrices by a factor: near zero GELU is nearly linear, and biases start at zero, so the output is
-# multiplied by about the factor's seventh power (two factors come from $U_1$, two from $U_2$, one each from $V$, $W_u$
-# and $W_o$). At 128 the factor is $1/\sqrt{8}$, a little more than a third, and $(1/\sqrt{8})^7$ is less than a
-# thousandth; gradients are smaller still, and training must first make them grow. With a standard deviation of $0.02
-# \sqrt{1024 / d}$, $W x$ has the published scale at every width. (With Muon, an optimizer of [section
-# 10](#10-loss-schedule-optimizer), it made [no difference](#what-lets-a-small-model-learn) that could be measured; with
-# AdamW it was not measured by itself.)
+# multiplied by about the factor's seventh power (two factors come from $U_1$, two from $U_2$, one each from $V$,
+# $W_u$ and $W_o$). At 128 the factor is $1/\sqrt{8}$, a little more than a third, and $(1/\sqrt{8})^7$ is less than a
+# thousandth; gradients are smaller still, and training must first make them grow.
 #
 # </details>
 
@@ -2996,9 +2989,6 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
 
 
 # %% [markdown]
-# The model is complete. Before training one, the next section checks it against the authors' code.
-
-# %% [markdown]
 # **Exercises**
 #
 # 1. *How many parameters does a 24th layer of `large` add?*
@@ -3272,10 +3262,9 @@ def read_tree(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 # %% [markdown]
-# Weights and config have to agree to the last name. What is missing, of another shape, or left over is an error that
-# names it. Only heads may differ: a model pretrained for one task can be opened for another, and then its own head is
-# passed over and the new one is drawn, which a warning says. Without a name, `from_pretrained` opens the model that
-# comes with this document.
+# What is missing in a file, of another shape, or left over is an error that names it. Only heads may differ: a model
+# pretrained for one task can be opened for another; then a new head is drawn, which a warning says. Without a name,
+# `from_pretrained` opens the model that comes with this document.
 
 # %%
 BOXED = DATA / "bigs-boxed"
@@ -3520,8 +3509,8 @@ def fill_mask(
 
 
 # %% [markdown]
-# In `data/bigs-boxed` lies a model of size `boxed`. It has 5,501,792<!-- = parameters(boxed) --> parameters and has
-# read 430 million tokens of Wikipedia and books ([how](#a-model-in-the-box)). Small as it is, it has read real English:
+# In `data/bigs-boxed` lies a model of size `boxed`, of 5,501,792<!-- = parameters(boxed) --> parameters. It has read
+# 430 million tokens of Wikipedia and books ([how](#a-model-in-the-box)):
 
 # %%
 SAYINGS = (
@@ -3563,14 +3552,14 @@ def fill_some():
 
 
 # %% [markdown]
-# It knows how sentences go: one opens a door or a room, the Atlantic is an ocean, and a boy and a girl are children, or
-# sons and daughters. It knows that the United States began with a president. Of the world it knows little more: that
-# someone is born in a city, but no better one than London, and that Paris may be a capital; the place after *is* it
-# would sooner fill with *there*. Where two halves of a sentence have to be compared, days and nights, it has no idea.
+# It knows how sentences go: one opens a door or a room, the Atlantic is an ocean, and a boy and a girl are children,
+# or sons and daughters. It knows that the United States began with a president. Of the world it knows little more:
+# people are born in a city, for which it knows no better name than London. Paris is among its guesses for the capital
+# of France, but *there* is likelier. Where two halves of a sentence have to be compared, days and nights, it has no
+# idea.
 #
-# What is now known: a round trip through this format is exact, as the docstring of `save_pretrained` shows,
-# and for small random weights our logits are those of the authors' code, which a test compares. Their trained
-# weights are not loaded here, because this document has to work offline.
+# A round trip through this format is exact, as the docstring of `save_pretrained` shows; for small random weights our
+# logits are those of the authors' code, which a test compares. Their trained weights are not loaded here.
 #
 # With the hub in reach, `from_pretrained("JunxiongWang/BiGS_128")` loads one of theirs, and a command asks it:
 #
@@ -3594,10 +3583,9 @@ def fill_some():
 # %% [markdown]
 # ## 9. From text to masked batches
 #
-# What does the model read? In the paper, English Wikipedia and books. Model hubs may be unreachable, and data sets get
-# moved, so this document brings its own English in a form that every reader already has: the documentation strings of
-# the Python packages that are installed with it. They hold a few megabytes of real, if dry, prose, with nothing to
-# download. Any other text can take its place (`--corpus`).
+# What does the model read? In the paper, English Wikipedia and books. Model hubs may be unreachable, and data sets
+# get moved, so this document uses English that every reader already has: the documentation strings of the Python
+# packages that are installed with it, a few megabytes of real, if dry, prose.
 #
 # Gathering reads source files without importing them. The list of packages is fixed and sorted, so that
 # everyone with the same versions has the same text.
@@ -3824,7 +3812,7 @@ def describe_english():
 
 
 # %% [markdown]
-# Any other text will do: [the appendix](#appendix-a-text-of-your-own) reads files, folders, and data sets of
+# Any other text will do (`--corpus`): [the appendix](#appendix-a-text-of-your-own) reads files, folders, data sets of
 # the hub such as `wikimedia/wikipedia:20231101.en`, however large.
 #
 # ### Word pieces
@@ -4078,8 +4066,8 @@ def random_numbers(seed: int, epoch: int, row: int, L: int) -> Float[np.ndarray,
 
 
 # %% [markdown]
-# The first number decides which tokens are chosen: those with the lowest numbers, after one has been added for special
-# tokens. The second decides what is shown there, the third which random word.
+# The first number decides which tokens are chosen: those where it is lowest. Special tokens have one added to it, so
+# that all others come before them. The second decides what is shown there, the third which random word.
 
 
 # %%
@@ -4118,8 +4106,8 @@ def mask_tokens(
 
 # %% [markdown]
 # The rows of a batch follow each other in an order that is drawn anew for every epoch. The step and the batch size
-# determine which rows of which epoch form a batch, so it is a pure function of the seed and its number. That is what
-# makes an interrupted run repeatable; and where several processes share a batch, each makes only its own share.
+# determine which rows of which epoch form a batch, so it is a pure function of the seed and its number. Where several
+# processes share a batch, each makes only its own share.
 
 
 # %%
@@ -4266,10 +4254,6 @@ def describe_batch():
 
 
 # %% [markdown]
-# Text has become batches: each is a function of its number, and no held-out paragraph occurs in training.
-# What the model is asked to do with them comes next.
-
-# %% [markdown]
 # **Exercises**
 #
 # 1. *After how many epochs has a token, with a probability of nine tenths, been masked at least once?*
@@ -4355,10 +4339,10 @@ def batch_loss(
 
 # %% [markdown]
 # A recipe is a record: number of steps, learning rates, weight decay, and so on. `documented` is the one run whose
-# command the authors wrote down: 131 sequences of 128 on each of what we take to be eight TPU cores, 1048 in all,
-# 100,000 steps, a peak rate of 6e-4, 2 % of warm-up, then a cosine down to a tenth. It reads 13.4<!-- =
-# RECIPES["documented"].tokens / 1e9 --> billion tokens. The paper's table says 1 % of warm-up; we follow the documented
-# run.
+# command the authors wrote down: 131<!-- = RECIPES["documented"].batch / 8 --> sequences of 128 on each of what we
+# take to be eight TPU cores, 1048 in all, 100,000 steps, a peak rate of 6e-4, 2 % of warm-up, then a cosine down to a
+# tenth. It reads 13.4<!-- = RECIPES["documented"].tokens / 1e9 --> billion tokens. The paper's table says 1 % of
+# warm-up; we follow the documented run.
 
 
 # %%
@@ -4463,23 +4447,22 @@ def configured(config: Config, recipe: Recipe) -> Config:
 # </details>
 #
 # `annotated` is ours, and made for small models. It masks 30 % of the words in place of 15 %, and leaves the table of
-# positions at zero, since a kernel already encodes distance (`boxed` has a table, to stay close to the published model);
-# by themselves these lowered the held-out loss of short runs by 0.26<!-- = screened_gain("masking 30 %") --> and
-# 0.10<!-- = screened_gain("30 %, positions frozen") - screened_gain("masking 30 %") --> nats. It has no dropout, does
-# not decay the SSMs, and moves the matrices of the layers by another optimizer, *Muon*. A model of six layers reached
-# with it the final loss of `documented-small`, our scaled-down version of the published recipe, after a third of the
-# tokens ([measured](#what-lets-a-small-model-learn), one run each; a part of the gain may come from that recipe's
-# learning rate and start, neither of which was tuned).
+# positions at zero, since a kernel already encodes distance (`boxed` has a table, to stay close to the published
+# model); by themselves these lowered the held-out loss of short runs by 0.26<!-- = screened_gain("masking 30 %") -->
+# and 0.10<!-- = screened_gain("30 %, positions frozen") - screened_gain("masking 30 %") --> nats. It has no dropout,
+# does not decay the SSMs, and moves the matrices of the layers by another optimizer, *Muon*. A model of six layers
+# reached with it the final loss of `documented-small`, our scaled-down version of the published recipe, after a third
+# of the tokens ([measured](#what-lets-a-small-model-learn), one run each; that recipe's learning rate and start were
+# not tuned).
 #
 # <details><summary>Muon, decay, and the other recipes</summary>
 #
 # Where AdamW scales each entry of a matrix by itself, Muon (Jordan et al., 2024) takes the running average of a whole
-# matrix's gradient, makes its singular values equal, and steps by that, so that small gradients count as much as large
-# ones. Decay would pull `log_step` towards a step of one, and `A_re` towards poles that never fade. Dropout made the
-# loss of a short run slightly worse. `demonstration` and `quarter-hour` are short runs of `annotated`, the one for two
-# CPU cores, the other for an accelerator. `boxed` trained the model that comes with this document, on a GPU: in larger
-# batches, at higher rates (those of the SSMs doubled) and with a table of positions, although short runs were better
-# without one.
+# matrix's gradient, makes its singular values equal, and steps by that, so that small gradients count as much as
+# large ones. Decay would pull `log_step` towards a step of one, and `A_re` towards poles that never fade. Dropout
+# made the loss of a short run slightly worse. `demonstration` and `quarter-hour` are short runs of `annotated`, the
+# one for two CPU cores, the other for an accelerator. `boxed` trained the model that comes with this document, on a
+# GPU, in larger batches and at higher rates (those of the SSMs doubled).
 #
 # </details>
 
@@ -4591,7 +4574,7 @@ def schedule(recipe: Recipe, peak: float | None = None) -> Callable[[int], float
 # %% [markdown]
 # The optimizer is AdamW with $\beta_1 = 0.9$ and, unless a recipe says otherwise, $\beta_2 = 0.98$ and $\epsilon =
 # 10^{-6}$, without gradient clipping. Biases and normalization scales are never decayed; matrices and embeddings
-# always are; the SSMs are if the recipe says so. With a `matrix_rate`, the matrices of the layers are left to Muon.
+# always are; the SSMs are if the recipe says so.
 
 
 # %%
@@ -4801,11 +4784,11 @@ def fresh_state(config: Config, recipe: Recipe, start: BiGS | None = None) -> St
 
 
 # %% [markdown]
-# A batch that is too large for the memory can be computed in parts. The loss (10) is a mean over the masked positions,
-# so a part counts as much as it has of them, and the sum over parts is the gradient of the whole. Each part takes every
-# $k$-th row, so that no row has to leave its device if $k$ divides what a device holds. Batches are counted over all
-# devices. The documented one is made for eight devices with 131<!-- = RECIPES["documented"].batch / 8 --> rows each:
-# one device takes it with `--accumulate 8`; sixteen cannot share it evenly, and `pretrain` refuses it there.
+# A batch that is too large for the memory can be computed in parts. The loss (10) is a mean over the masked
+# positions, so a part counts as much as it has of them, and the sum over parts is the gradient of the whole. Each
+# part takes every $k$-th row, so that no row has to leave its device if $k$ divides what a device holds. Batches are
+# counted over all devices. One device takes the documented batch with `--accumulate 8`; sixteen cannot share it
+# evenly, and `pretrain` refuses it there.
 
 
 # %%
@@ -4844,10 +4827,9 @@ def batch_gradient(
 
 
 # %% [markdown]
-# The step is a function from a state and a batch to the next state. Dropout's randomness comes from the seed
-# and the step, so a step repeated is a step identical. With `dtype="bfloat16"` products run in bfloat16, while
-# parameters, moments, kernels, normalization statistics and the loss stay in float32. The loss is an argument, so
-# that the [fast one](#the-same-step-fast) can take its place.
+# The step is a function from a state and a batch to the next state. Dropout depends on the seed and the step alone.
+# With `dtype="bfloat16"` products run in bfloat16, while parameters, moments, kernels, normalization statistics and
+# the loss stay in float32. The loss is an argument, so that the [fast one](#the-same-step-fast) can take its place.
 
 
 # %%
@@ -4919,10 +4901,10 @@ def on_devices(batch: Batch, size: int) -> Batch:
 # %% [markdown]
 # ### The same step, fast
 #
-# Everything so far is written to be read. This section computes the same loss, over the same modules, in the way that
-# suits the hardware; [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. You can skip
-# it: what follows passes `fast_loss` and `encode_at` where `batch_loss` and the encoder itself would do, and
-# `tests/test_fast.py` holds values and gradients equal for every kind of layer.
+# This section, which you can skip, computes the same loss, over the same modules, in the way that suits the hardware;
+# [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. What follows passes `fast_loss`
+# and `encode_at` where `batch_loss` and the encoder itself would do, and `tests/test_fast.py` holds values and
+# gradients equal for every kind of layer.
 #
 # Arrays are *time first*, $(L, \text{batch}, d)$. On a CPU that is a matrix with one row a token, which dense layers
 # want, and also one with $\text{batch} \cdot d$ columns, which the convolution wants, and neither costs a
@@ -4947,8 +4929,8 @@ def dense(W: nnx.Linear, x: Float[AnyArray, "L batch d"]) -> Float[Array, "L bat
 
 
 # %% [markdown]
-# The states of few blocks are carried by a product. Seen from a distance the recurrence of (8) is (7) once more, one
-# pole at a time, with blocks for tokens: a product with a triangular matrix, small enough to ignore.
+# The recurrence of (8) is (7) once more, one pole at a time, with blocks for tokens. So the states of few blocks are
+# carried by a product with a small triangular matrix.
 
 
 # %% tags=["appendix"]
@@ -5249,9 +5231,9 @@ def fast_loss_of(recipe: Recipe) -> Callable:
 
 
 # %% [markdown]
-# Whichever loss it takes, a step is one program wherever it runs. On one device and on eight simulated ones it gives
-# the same parameters up to rounding, whether they are copied or split, and two processes train the same curve as one;
-# `tests/test_training.py` and `tests/test_recovery.py` show it.
+# With either loss, one device and eight simulated ones give the same parameters up to rounding, whether they are
+# copied or split, and two processes train the same curve as one; `tests/test_training.py` and
+# `tests/test_recovery.py` show it.
 
 # %% [markdown]
 # **Exercises**
@@ -5417,10 +5399,9 @@ def pretrain(
 # %% [markdown]
 # ### A live run
 #
-# Now a real run, though a small one: the `tiny` model on English that every installation has, the docstrings of Python
-# packages, with the recipe `demonstration` and the [fast loss](#the-same-step-fast). The first evaluation should be a
-# little above the logarithm of 8192, 9.01<!-- = np.log(8192) -->, because random logits are slightly worse than equal
-# ones. Training batches mask 30 % of the tokens, held-out ones 15 %, so the two cannot be compared with each other.
+# Now a real run, though a small one: the `tiny` model on the English of [section 9](#9-from-text-to-masked-batches),
+# with the recipe `demonstration` and the [fast loss](#the-same-step-fast). The first evaluation should be a little
+# above the logarithm of 8192, 9.01<!-- = np.log(8192) -->, because random logits are slightly worse than equal ones.
 
 # %%
 PROBES = (
@@ -5466,8 +5447,7 @@ def live():
 
 
 # %% [markdown]
-# To tell what a loss means, we need one more number beside that of knowing nothing: that of a model which knows how
-# frequent each word is, and does not look at the others at all.
+# To tell what a loss means, we need one more number: that of a model which knows only how frequent each word is.
 
 
 # %%
@@ -5548,15 +5528,12 @@ def draw_loss():
 # A model has been trained from scratch, in minutes. Its held-out loss has fallen by 4.9<!-- =
 # results()["history"][0]["heldout"] - results()["history"][-1]["heldout"] --> nats, to 4.2<!-- =
 # results()["history"][-1]["heldout"] -->. With word frequencies alone it would be 6.5<!-- = results()["frequencies"]
-# -->; what lies below that the model owes to the words around.
-#
-# An appendix does the same for `base` [on a TPU or GPU](#on-a-tpu-or-gpu).
+# -->; the rest of the fall comes from the words around a mask.
 #
 # <details><summary>Longer runs, and what happens when things go wrong</summary>
 #
-# The longer runs of the paper are this loop with other numbers, and each is one command: the documented run, on
-# Wikipedia alone (if it is killed, the same command goes on with it); and, when it has finished, 10,000 steps more on
-# texts of 512.
+# Each longer run of the paper is one command: the documented run, on Wikipedia alone (if it is killed, the same
+# command goes on with it); then 10,000 steps more on texts of 512.
 #
 #     python annotated_bigs.py pretrain --size large --recipe documented --corpus wikimedia/wikipedia:20231101.en \
 #         --vocabulary bert-large-uncased --output runs/large --resume
@@ -5733,9 +5710,9 @@ GLUE = {
 # %% [markdown]
 # <details><summary>Why so many measures?</summary>
 #
-# Accuracy is the share of right answers. Where one label is common, it is easily had by always naming it; F1 looks at
-# one label only, and is the harmonic mean of precision and recall; Matthews' correlation is zero for every constant
-# answer. For numbers, Pearson's correlation compares values, and Spearman's their order.
+# Accuracy is the share of right answers. Where one label is common, a model that always names it has a high accuracy;
+# F1 looks at one label only, and is the harmonic mean of precision and recall; Matthews' correlation is zero for
+# every constant answer. For numbers, Pearson's correlation compares values, and Spearman's their order.
 #
 # </details>
 
@@ -5888,10 +5865,10 @@ def cut(
 
 # %% [markdown]
 # The encoder starts from the pretrained weights, and the head is new; only its pooler stays if the model comes from
-# another such task, as in the paper, where RTE, MRPC and STS-B start from MNLI. One thing needs care. The published
-# model has no normalization after its last layer, and so nothing keeps the features of pretraining at a common scale.
-# A new pooler of the usual scale would then drive its tanh to plus or minus one, and no gradient would pass through
-# it. We divide its fresh weights by the spread of the features; the authors' code does not.
+# another such task, as in the paper, where RTE, MRPC and STS-B start from MNLI. One thing needs care. Without a
+# normalization after the last layer nothing keeps the features of pretraining at a common scale, and a new pooler of
+# the usual scale would drive its tanh to plus or minus one, where no gradient passes. We divide its fresh weights by
+# the spread of the features; the authors' code does not.
 
 
 # %%
@@ -6152,11 +6129,11 @@ def predict(
 # %% [markdown]
 # ### A live task
 #
-# What can be shown anywhere is the mechanism, on a task made of the text that we already have. We take sentences and
-# leave one half of them as they are; in each of the others two neighbouring words change places. *Is the order right?*
-# There are a thousand training sentences, and a thousand test sentences from files that the model has not read. A model
-# that only counts words, ignoring their order, can do no better than chance; and a thousand sentences are too few to
-# learn the order of English from. Both models are the `tiny` one of section 12, fine-tuned for four epochs.
+# The mechanism can be shown anywhere, on a task made of the text that we already have. In every second sentence two
+# neighbouring words change places. *Is the order right?* We take a thousand sentences for training, and for the test
+# a thousand from files that the model has not read. A model that only counts words, ignoring their order, can do no
+# better than chance; and a thousand sentences are too few to learn the order of English from. Both models are the
+# `tiny` one of section 12, fine-tuned for four epochs.
 
 
 # %% tags=["appendix"]
@@ -6252,9 +6229,9 @@ def compare_order():
 # right about 71<!-- = 100 * np.mean(results()["order"]["accuracy"]["pretrained"]) --> % of the sentences, not
 # pretrained about 50<!-- = 100 * np.mean(results()["order"]["accuracy"]["not pretrained"]) --> %. The pretrained one
 # has read half a million word pieces of such text nearly four times, without any label; the thousand training
-# sentences were among them, the test sentences were not. One standard error of a thousand answers is 1.6<!-- = 100 *
-# np.sqrt(0.25 / 1000) --> points, far less than the difference.<!-- if
-# min(results()["order"]["accuracy"]["pretrained"]) - max(results()["order"]["accuracy"]["not pretrained"]) > 0.1 -->
+# sentences were among them. One standard error of a thousand answers is 1.6<!-- = 100 * np.sqrt(0.25 / 1000) -->
+# points, far less than the difference.<!-- if min(results()["order"]["accuracy"]["pretrained"]) -
+# max(results()["order"]["accuracy"]["not pretrained"]) > 0.1 -->
 
 # %% [markdown]
 # ### GLUE, with a small model
@@ -6383,12 +6360,11 @@ def show_glue():
 # %% [markdown]
 # <details><summary>How to read the table</summary>
 #
-# *Chance* guesses, every label as often as the other; *majority* always names the most frequent one. Best and last are
-# evaluations: the best of three epochs, chosen on the development set itself, as the authors do, and the last. Here
-# they are the same in every run. The deviation is that over seeds. The interval below each task says how much of the
-# difference may be due to the choice of examples: both models answer the same ones, so these are resampled with
-# replacement, a thousand times, and each time the difference of the scores, averaged over the seeds, is taken. What
-# other seeds would change is not in it. (Differences are taken before rounding.)
+# *Chance* guesses, every label as often as the other; *majority* always names the most frequent one. *Best* is chosen
+# on the development set itself; here it equals *last* in every run. The interval below each task says how much of the
+# difference may be due to the choice of examples: these are resampled with replacement, a thousand times, for both
+# models alike, and the scores are averaged over the seeds. What other seeds would change is not in it. (Differences
+# are taken before rounding.)
 #
 # </details>
 #
@@ -7392,13 +7368,12 @@ def draw_finetuned():
 # line is named and skipped, and counted: more than one in a hundred stops the preparation.
 #
 # The shards that the authors trained on come from the toolkit
-# [academic-budget-bert](https://github.com/IntelLabs/academic-budget-bert): HDF5 files of rows that were tokenized and
-# masked offline, with BERT's vocabulary. Their masks are undone and their rows packed again, so that they are one more
-# text.
+# [academic-budget-bert](https://github.com/IntelLabs/academic-budget-bert): HDF5 files of rows that were tokenized
+# and masked offline, with BERT's vocabulary. Their masks are undone and their rows packed again.
 #
-# `--corpus` also takes a data set of the hub, by name, which is streamed. Whatever it is, a corpus falls into parts,
-# files or the shards of the data set, and each part says what it depends on: a file on its bytes, wherever it lies
-# and however it came there. Rows take four bytes a token, 4 GB a billion; they lie in the cache of `datasets`.
+# `--corpus` also takes a data set of the hub, by name, which is streamed. A corpus is prepared in parts, one for each
+# file or each shard of a data set, and finished parts are kept. A file is prepared again only when its bytes change,
+# not when it is moved. Rows take four bytes a token, 4 GB a billion; they lie in the cache of `datasets`.
 #
 # A vocabulary of one's own is trained on the beginning of every part, 50 megabytes in all, and kept beside the cache.
 # Any other comes from a file like BERT's, with a piece on each line, from a folder, or from the hub.
@@ -7535,9 +7510,9 @@ def show_grammar():
 
 
 # %% [markdown]
-# Chance is 50. What is decided among neighbours it knows: irregular forms, determiners and their nouns, reflexives.
-# What hangs on what a sentence has left open it does not: which words *any* and *ever* may follow, and what may be
-# moved out of a clause.
+# Chance is 50. The model knows what depends on near words: irregular forms, determiners and their nouns, reflexives.
+# It does not know what depends on the structure of the whole sentence: where *any* and *ever* may stand, and what may
+# be moved out of a clause.
 #
 # Agreement shows where looking by distance alone falls short. With the subject right before the verb the model prefers
 # the right form in 83<!-- = measured("grammar")["paradigms"]["regular_plural_subject_verb_agreement_1"] --> % of the
@@ -7607,14 +7582,11 @@ def draw_rates():
 #
 # How do kernels get where they are? Each is controlled by its step size, which stretches it as a whole, its poles,
 # and its read-outs. We kept no intermediate states of the model in the box, but did for two runs with six layers.
-# Where weight decay reached the SSMs, step sizes grew and frequencies shrank, mostly by as much as decay explains;
-# without it, step sizes and all but the slowest frequencies hardly moved, and what was learned is, beside $C$, how
-# fast each part fades.
+# Under `documented-small`, which decays the SSMs, step sizes grew and frequencies shrank, mostly by as much as decay
+# explains; under `annotated`, which does not, step sizes and all but the slowest frequencies hardly moved, and what
+# was learned is, beside $C$, how fast each part fades.
 #
 # <details><summary>How we know</summary>
-#
-# One of the two was trained by `documented-small`, in which SSMs are decayed like everything else; the other by
-# `annotated`, in which they are not.
 #
 # In the first run the step sizes all grew,<!-- if (way("documented-small")["step_sizes"][-1] >
 # way("documented-small")["step_sizes"][0]).all() --> one of them 4.2<!-- = (way("documented-small")["step_sizes"][-1] /
@@ -7681,11 +7653,10 @@ def draw_movement():
 # %% [markdown]
 # ### Longer texts
 #
-# How does a model read more than it was trained on? A kernel has no length of its own; equation (4) goes on as far as
-# one likes. Only the table of positions ends. The authors continue pretraining at 512, 1024 and 4096 tokens; what
-# they put into the new rows of the table is not known. We compare four ways on the model in the box, before any
-# further training: repeat the table, repeat its last row, take the mean of all rows, or draw new ones as at the
-# start.
+# How does a model read more than it was trained on? Equation (4) gives a kernel of any length; only the table of
+# positions ends. The authors continue pretraining at 512, 1024 and 4096 tokens; what they put into the new rows of
+# the table is not known. We compare four ways on the model in the box, before any further training: repeat the table,
+# repeat its last row, take the mean of all rows, or draw new ones as at the start.
 
 
 # %% tags=["appendix"]
@@ -7831,12 +7802,12 @@ def measure_lengths():
 
 # %% [markdown]
 # Repeating the table or its mean does as well, 3.55<!-- = measured("extend")["losses"]["256"]["repeat"] --> and
-# 3.56<!-- = measured("extend")["losses"]["256"]["mean"] --> at 256 tokens; rows at random cost 0.08<!-- =
-# measured("extend")["losses"]["256"]["random"] - measured("extend")["losses"]["256"]["repeat"] --> more, and the last
-# row, for every place after it, 1.7<!-- = measured("extend")["losses"]["256"]["last"] -
-# measured("extend")["losses"]["256"]["repeat"] -->. So `extend` repeats. This is one model before any further training.
-# (Only numbers of one length can be compared, for each length cuts the text into other rows.) The demonstration, which
-# has no table, reads rows of 512 tokens as they are, with a loss of 4.21<!-- = measured("extend")["tableless"]["512"]
+# 3.56<!-- = measured("extend")["losses"]["256"]["mean"] --> at 256 tokens; rows at random cost
+# 0.08<!-- = measured("extend")["losses"]["256"]["random"] - measured("extend")["losses"]["256"]["repeat"] --> more,
+# and the last row, for every place after it, 1.7<!-- = measured("extend")["losses"]["256"]["last"] -
+# measured("extend")["losses"]["256"]["repeat"] -->. So `extend` repeats. (Only numbers of one length can be compared,
+# for each length cuts the text into other rows.) The demonstration, which has no table, reads rows of 512 tokens as
+# they are, with a loss of 4.21<!-- = measured("extend")["tableless"]["512"]
 # -->; on rows of 128, as in its training, it is 4.25<!-- = measured("extend")["tableless"]["128"] -->.
 #
 # Padding harms a model that was trained without any. Where it does not mask out 112 tokens of padding behind a text
@@ -7847,13 +7818,12 @@ def measure_lengths():
 # %% [markdown]
 # ### What lets a small model learn
 #
-# The forerunner read 65 million tokens, and its loss fell all the while, as a loss should. Nothing looked wrong; yet
-# its layers had hardly any effect at the start. At a width of 192 a layer that starts as published has an output of
-# almost zero ([section 6](#6-gating)), AdamW's $\epsilon$ is larger than its gradients, and only every seventh word is
-# masked. What is each of these worth? We ran the size `small` for 4.1 million tokens, over and over, with one change at
-# a time: first three optimizers, each at its best of several rates, on a seed that was not used again; then changes to
-# the best of them, one run each; then the most helpful ones and their pairs once more, with three other seeds. The loss
-# is always measured on the same 512 rows, with 15 % of the words masked.
+# The forerunner read 65 million tokens, and its loss fell all the while; yet its layers had hardly any effect at the
+# start. At a width of 192 a layer that starts as published has an output of almost zero ([section 6](#6-gating)),
+# AdamW's $\epsilon$ is larger than its gradients, and only every seventh word is masked. What is each of these worth?
+# We ran the size `small` for 4.1 million tokens: first three optimizers, each at its best of several rates; then
+# single changes to the best of them, one run each; then the most helpful ones and their pairs, three runs each. No
+# stage used a seed of another. The loss is always measured on the same 512 rows, with 15 % of the words masked.
 
 
 # %% tags=["appendix"]
@@ -7931,9 +7901,9 @@ def show_screening():
 # are, in place of 10 %, changes nothing. Showing none of them does harm: such a model learns nothing of unchanged
 # words, which occur in the held-out rows.
 #
-# The recipe `annotated` takes from this Muon, 30 %, the empty table, and no dropout; $\beta_2$ and $\epsilon$ stay as
-# published. Here is the size `small` under `documented-small` and `annotated`, one run each. A part of the difference
-# may be the rate: the first ran at a peak of 1e-3, and in the short runs the published way was better at 2e-3.
+# In `annotated` $\beta_2$ and $\epsilon$ stay as published. Here is the size `small` under `documented-small` and
+# `annotated`, one run each. A part of the difference may be the rate: the first ran at a peak of 1e-3, and in the
+# short runs the published way was better at 2e-3.
 
 
 # %% tags=["appendix"]
@@ -7994,8 +7964,8 @@ def show_recipes():
 #
 # Digits first. A kernel that hardly fades shows what float32 does to phases. Three ways to compute it are compared
 # with float64: without unwinding, as `ssm_kernel` does it, and as the answer of `convolve_blocks` to an impulse. All
-# start from the same rounded $\Delta A$, the last thing that all of them share. The read-outs are such that fast poles
-# weigh as much as slow ones; in a fresh SSM they weigh far less, and little is lost.
+# start from the same rounded $\Delta A$. The read-outs are such that fast poles weigh as much as slow ones; in a
+# fresh SSM they weigh far less, and little is lost.
 
 
 # %% tags=["appendix"]
@@ -8031,9 +8001,9 @@ def lost_digits():
 # Without unwinding the error grows with the length and with the speed of the fastest pole, with it only with the
 # length. Blocks ask for powers up to $Q$ alone and multiply the rest together, so they lose no more.
 #
-# Now time. `benchmark` compares five routes: none, three convolutions, and attention, for which the whole layer is a
-# BERT layer, whose 12 weights stand against 13 of the gated layer, which flatters attention by up to 8 %. Each is
-# timed as one layer forward, one layer trained, and a whole model trained.
+# Now time. `benchmark` compares five routes: none, three convolutions, and attention in a whole BERT layer; its
+# $12d^2$ weights against $13d^2$ flatter attention by up to 8 %. Each is timed as one layer forward, one layer trained,
+# and a whole model trained.
 
 # %% tags=["appendix"]
 ROUTES = ("none", "fft", "toeplitz", "blocks", "attention")
@@ -8139,9 +8109,10 @@ def show_factors():
 # writing layers out, which also lets the last one be cut, brings ours from 2.2<!-- = factors()["ours, layers in a
 # loop"]["speed"] --> to 3.0<!-- = factors()["ours"]["speed"] -->.
 #
-# And memory that is kept ([section 1](#1-tools)): in processes with and without it, in turns, the same step takes
-# 1.13<!-- = np.median(measured("pretraining-speed")["memory"]["kept"]) --> and 1.49<!-- =
-# np.median(measured("pretraining-speed")["memory"]["returned"]) --> seconds.
+# Memory that the process keeps ([section 1](#1-tools)) is a change by itself: the same step takes
+# 1.13<!-- = np.median(measured("pretraining-speed")["memory"]["kept"]) --> seconds with it and
+# 1.49<!-- = np.median(measured("pretraining-speed")["memory"]["returned"]) --> without, in separate processes that
+# took turns.
 
 # %% [markdown]
 # ## Appendix C. A TPU without a TPU

@@ -26,8 +26,9 @@ def compare(plan, seeds, folder, data=None):
     all_of_them = arms.of_one_size(CONFIG)
     configs = {arm: all_of_them[arm] for arm in ARMS}
     record = folder / "record.jsonl"
+    rows = data or small.dataset()
     return comparison.compare(
-        configs, plan, data or small.dataset(), seeds, folder / "runs", record
+        configs, plan, rows, plan.texts(), seeds, folder / "runs", record
     )
 
 
@@ -113,6 +114,13 @@ def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path, monkeypa
         assert after["heldout"] == before["heldout"]
         assert after["tasks"]["sst2"] == before["tasks"]["sst2"]
         assert "cola" in after["tasks"]
+
+
+def test_a_task_without_a_training_set_is_refused(tmp_path, monkeypatch):
+    texts = bigs.Texts([("a b",)], np.array([0]))
+    monkeypatch.setattr(comparison.glue, "task_texts", lambda *_: {"dev": texts})
+    with pytest.raises(bigs.UserError, match="no train set of qnli"):
+        plan(task=("qnli",), data=tmp_path / "nowhere").texts()
 
 
 @pytest.mark.parametrize("bad", ["{", "[]", json.dumps({"arm": "gated SSM"})])

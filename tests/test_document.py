@@ -374,7 +374,12 @@ BREAKS = [
     ("check_appendix_tags", ' tags=["appendix"]', "", "tags are"),
     ("check_appendix_tags", "# %%\nclass", '# %% tags=["appendix"]\nclass', "tags are"),
     ("check_names", CELL, CELL + "Model\n", "Model comes from room 17"),
-    ("check_names", "class Model:", "SCALE = 3\n\n\nclass Model:", "SCALE has a meaning"),
+    (
+        "check_names",
+        "class Model:",
+        "SCALE = 3\n\n\nclass Model:",
+        "SCALE has a meaning",
+    ),
     (
         "check_names",
         "return x / SCALE",

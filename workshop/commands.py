@@ -579,11 +579,12 @@ def command_compare(
     for name in plan.task:
         bigs.choose(bigs.GLUE, "task", name)
     size = bigs.choose(bigs.SIZES, "size", plan.size)
+    tasks = plan.texts()
     rows = reading.dataset(bigs.RECIPES["annotated"].length)
     every_arm = all_arms(replace(size, vocab_size=len(rows.tokenizer)))
     chosen = {arm: every_arm[arm] for arm in arms}
     every = range(first_seed, first_seed + seeds)
-    runs = comparison.compare(chosen, plan, rows, every, output, record)
+    runs = comparison.compare(chosen, plan, rows, tasks, every, output, record)
     bigs.print_contrasts(runs)
 
 
@@ -783,19 +784,15 @@ def command_finetune(
     found = {}
     texts = {name: glue.task_texts(name, data) for name in names}
     for name, splits in texts.items():
-        missing = [
-            split
-            for split in ("train", "dev")
-            if not any(s.startswith(split) for s in splits)
-        ]
+        missing = glue.missing_split(splits)
         if missing:
             if len(names) == 1:
                 raise bigs.UserError(
-                    f"data: there is no {missing[0]} set of {name} in"
+                    f"data: there is no {missing} set of {name} in"
                     f" {data or glue.HUB}; fetch it"
                 )
             print(
-                f"{name}: left out, there is no {missing[0]} set in {data or glue.HUB}",
+                f"{name}: left out, there is no {missing} set in {data or glue.HUB}",
                 file=sys.stderr,
             )
             continue

@@ -50,6 +50,12 @@ class Plan:
         tasks = {}
         for name in self.task:
             splits = glue.task_texts(name, self.data)
+            missing = glue.missing_split(splits)
+            if missing:
+                raise bigs.UserError(
+                    f"data: there is no {missing} set of {name} in"
+                    f" {self.data or glue.HUB}; fetch it, or leave the task out"
+                )
             texts, labels = splits["train"]
             train = bigs.Texts(texts[: self.most], labels[: self.most])
             tasks[name] = splits | {"train": train}
@@ -183,15 +189,15 @@ def compare(
     arms: dict[str, Arm],
     plan: Plan,
     data: bigs.Dataset,
+    tasks: dict[str, dict[str, bigs.Texts]],
     seeds: range,
     output: Path,
     record: Path,
 ) -> list[dict[str, Any]]:
-    """Make what runs the record still lacks, and fine-tune its runs on tasks that they
-    lack; all runs of full length.
+    """Make what runs the record still lacks, and fine-tune its runs on tasks, the texts
+    of `plan.texts`, that they lack; all runs of full length.
     """
     length = data.heldout[0].input_ids.shape[1]
-    tasks = plan.texts()
 
     def done(name, steps, rate, seed, tasks):
         key = {

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,20 @@ def task_texts(name: str, data: Path | None) -> dict[str, bigs.Texts]:
         for split in splits
     }
     return {split: texts for split, texts in found.items() if texts is not None}
+
+
+def missing_split(splits: Iterable[str]) -> str | None:
+    """Which one of the two that fine-tuning needs is not among the splits.
+
+    >>> missing_split(["dev", "test"])
+    'train'
+    >>> missing_split(["train", "dev_matched"]) is None
+    True
+    """
+    for kind in ("train", "dev"):
+        if not any(split.startswith(kind) for split in splits):
+            return kind
+    return None
 
 
 def no_skill(task: bigs.Task, train: bigs.Texts, dev: bigs.Texts) -> dict[str, float]:
