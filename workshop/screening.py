@@ -455,6 +455,13 @@ def runs_for_rates(found: dict[str, dict]) -> list[Run]:
     return runs
 
 
+def runs_alone(found: dict[str, dict]) -> list[Run]:
+    """The published way at its best rate, with the start for the width alone."""
+    base = best_way("published", runs_for_rates(found), found)
+    way = replace(base, start=WIDTH_RULE)
+    return [Run("published, start", way, SEED_OF_RATES)]
+
+
 CHANGES = {
     "none": {},
     "start 0.02": {"start": 0.02},
@@ -527,6 +534,7 @@ def runs_again(found: dict[str, dict]) -> list[Run]:
 
 PHASES = {
     "rates": runs_for_rates,
+    "alone": runs_alone,
     "changes": runs_of_changes,
     "again": runs_again,
 }
@@ -592,12 +600,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of shards")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--together", type=int, default=1, help="runs side by side")
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES, default=PHASES, help="which to make"
+    )
     options = parser.parse_args()
     bigs.keep_memory()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     train_files, heldout_files = text_files(options.text)
     data = corpora.prepare(train_files, bigs.load_tokenizer(), 128, heldout_files)
-    for _ in screen(data, options.output, options.together):
+    for _ in screen(data, options.output, options.together, options.phases):
         pass
 
 
