@@ -1,5 +1,6 @@
 """Comparisons of architectures: what a record keeps, and what is not run again."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -135,6 +136,7 @@ def test_a_bad_line_of_a_record_is_named(tmp_path, bad):
 
 def test_the_kept_record_compares_like_with_like():
     runs = comparison.read_record(bigs.DATA / "gates.jsonl")
+    runs += comparison.read_record(bigs.DATA / "lengths.jsonl")
     assert len({run["text"] for run in runs}) == 1
     counts = [run["parameters"] for run in runs]
     assert max(counts) / min(counts) < 1.02
@@ -151,3 +153,20 @@ def test_the_kept_record_compares_like_with_like():
         arm = run["arm"]
         nearest = bigs.NEAREST.get(arm, arm)
         assert run["rate"] == best[nearest]
+
+
+def test_every_length_has_every_architecture():
+    runs = comparison.read_record(bigs.DATA / "lengths.jsonl")
+    arms = {run["arm"] for run in runs}
+    lengths = {run["tokens"] for run in runs}
+    made = []
+    for run in runs:
+        made.append((run["arm"], run["tokens"]))
+        assert run["seed"] == 0
+    assert sorted(made) == sorted(itertools.product(arms, lengths))
+
+    for runs in bigs.by_length().values():
+        tokens = [run["tokens"] for run in runs]
+        assert tokens == sorted(tokens)
+        more = set(tokens) - lengths  # that of gates.jsonl
+        assert len(more) == 1

@@ -873,3 +873,19 @@ def test_files_can_be_read_by_whom_others_can_be(tmp_path):
             plain = tmp_path / "plain"
             plain = plain / "file" if path.is_file() else plain
             assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        ("annotated_bigs.py", "annotated_bigs.py train --steps 3"),
+        ("elsewhere/annotated_bigs.py", "annotated_bigs.py train --steps 3"),
+        ("here/workshop/__main__.py", "annotated_bigs.py train --steps 3"),
+        ("here/workshop/screening.py", "workshop/screening.py train --steps 3"),
+        ("site-packages/pytest/__main__.py", "annotated_bigs.py"),
+        ("bin/jupyter", "annotated_bigs.py"),
+    ],
+)
+def test_circumstances_name_the_program_and_no_folder(monkeypatch, program, wanted):
+    monkeypatch.setattr("sys.argv", [program, "train", "--steps", "3"])
+    assert bigs.circumstances()["command"] == f"python {wanted}"
