@@ -127,7 +127,7 @@ def test_the_readme_tells_what_was_measured():
     longest = {arm: runs[-1]["heldout"] for arm, runs in bigs.by_length().items()}
     ahead = longest["gated SSM"] - longest["stacked attention"]
     sentences = [
-        f"with forty million it ends {ahead:.2f} nats below the gated SSM (one seed)",
+        f"with forty million it is level ({ahead:.2f} nats below, one seed)",
         f"{-none.mean:.2f} nats below the gated SSM"
         f" ({SEEDS[len(none.differences)]} seeds,"
         f" plus or minus {none.half:.2f})",
