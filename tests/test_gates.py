@@ -123,16 +123,17 @@ SEEDS = {3: "three", 4: "four", 5: "five"}
 def test_the_readme_tells_what_was_measured():
     none = bigs.rival("no product")
     stacked = bigs.rival("stacked SSM, GELU")
-    frozen = bigs.rival("frozen SSM", "routings")
-    longest = {arm: runs[-1]["heldout"] for arm, runs in bigs.by_length().items()}
-    ahead = longest["gated SSM"] - longest["stacked attention"]
+    frozen = bigs.rival("frozen SSM", "routings").differences
+    last = {arm: bigs.above_gated(40, arm) for arm in bigs.by_length()}
     sentences = [
-        f"with forty million it is level ({ahead:.2f} nats below, one seed)",
+        f"without products {last['no product']:.2f} above the gated SSM, the stacked"
+        f" SSM {last['stacked SSM, GELU']:.2f} above, attention, which had hardly begun"
+        f" to learn after ten, {-last['stacked attention']:.2f} below (one seed each)",
         f"{-none.mean:.2f} nats below the gated SSM"
         f" ({SEEDS[len(none.differences)]} seeds,"
         f" plus or minus {none.half:.2f})",
         f"a stacked SSM {stacked.mean:.2f} above it (plus or minus {stacked.half:.2f})",
-        f"start cost {frozen.mean:.1f} nats ({SEEDS[len(frozen.differences)]} seeds",
+        f"start cost {min(frozen):.1f} to {max(frozen):.1f} nats ({SEEDS[len(frozen)]}",
     ]
 
     readme = (bigs.HERE / "README.md").read_text()

@@ -142,7 +142,7 @@ def steps_on_tpu(chip: str) -> list[dict[str, Any]]:
                 lambda config=config, recipe=recipe: bigs.fresh_state(config, recipe)
             )
         )
-        places = -(-20 * recipe.length // 128)  # as many as the authors' shards have
+        places = bigs.masked_of(recipe.length, recipe.masked)
         batch = place(
             bigs.Batch(
                 *(
