@@ -6227,7 +6227,7 @@ def compare_order():
 
 # %% [markdown]
 # Three runs each, which differ in the new head, the order of the sentences and the dropout. Pretrained, the model is
-# right about 71<!-- = 100 * np.mean(results()["order"]["accuracy"]["pretrained"]) --> % of the sentences, not
+# right about 72<!-- = 100 * np.mean(results()["order"]["accuracy"]["pretrained"]) --> % of the sentences, not
 # pretrained about 50<!-- = 100 * np.mean(results()["order"]["accuracy"]["not pretrained"]) --> %. The pretrained one
 # has read half a million word pieces of such text nearly four times, without any label; the thousand training
 # sentences were among them. One standard error of a thousand answers is 1.6<!-- = 100 * np.sqrt(0.25 / 1000) -->
@@ -7977,7 +7977,7 @@ def measure_lengths():
 # row, for every place after it, 1.7<!-- = measured("extend")["losses"]["256"]["last"] -
 # measured("extend")["losses"]["256"]["repeat"] -->; `extend` repeats. The demonstration, which has no table, reads
 # rows of 512 tokens as they are, with a loss of 4.21<!-- = measured("extend")["tableless"]["512"] -->, about as well
-# as rows of 128, those of its training: 4.25<!-- = measured("extend")["tableless"]["128"] -->. (Each length cuts the
+# as rows of 128, those of its training: 4.24<!-- = measured("extend")["tableless"]["128"] -->. (Each length cuts the
 # text into other rows, so small differences between lengths mean nothing.)
 #
 # Padding harms a model that was trained without any. Where it does not mask out 112 tokens of padding behind a text
@@ -8186,8 +8186,8 @@ def lost_digits():
 
 
 # %% [markdown]
-# Both errors grow with the length; unwinding makes them a tenth. Blocks ask for powers up to $Q$ alone and multiply
-# the rest together, so they lose no more.
+# Both errors grow with the length; unwinding makes them about a tenth. Blocks ask for powers up to $Q$ alone and
+# multiply the rest together, so they lose no more.
 #
 # Now time. `benchmark` compares five routes: none, three convolutions, and attention in a whole BERT layer; its
 # $12d^2$ weights against $13d^2$ flatter attention by up to 8 %.
