@@ -6851,7 +6851,7 @@ def show_lengths():
             line = f"{arm:18s}{million:7d} M{run['heldout']:8.3f}"
             line += f"{above_gated(million, arm):8.3f}"
             print(f"{line}{score(run, 'cola'):7.1f}{score(run, 'sst2'):7.1f}")
-    print(f"no product, seed 1   20 M{loss_after(20, 'no product', 1):8.3f}", end="")
+    print(f"no product, seed 1     20 M{loss_after(20, 'no product', 1):8.3f}", end="")
     print(f"{above_gated(20, 'no product', 1):8.3f}")
     show(lengths_figure)
 
@@ -6862,12 +6862,12 @@ def show_lengths():
 # million tokens (0.03<!-- = -above_gated(20, "no product", 1) --> after 20 million with a second seed), and
 # 0.03<!-- = above_gated(40, "no product") --> above it after 40 million. (Over five seeds after 10 million the
 # standard deviation of this distance is 0.02<!-- = rival("no product").differences.std(ddof=1) -->.) It learns faster
-# at first, and the gated layer catches up; within the longest run it is ahead from 16 million tokens on.<!-- if
-# (distance_in_training("no product")[1, 4:] > 0).all() --> The stacked SSM, which has no products either, goes the
-# same way: 0.06<!-- = -above_gated(5, "stacked SSM, GELU") --> nats below the gated one after 5 million tokens, and
-# 0.04<!-- = above_gated(10, "stacked SSM, GELU") -->, 0.09<!-- = above_gated(20, "stacked SSM, GELU") --> and
-# 0.11<!-- = above_gated(40, "stacked SSM, GELU") --> above it after 10, 20 and 40 million. So what 10 million tokens
-# say against gates does not hold for more. The paper's shortest runs read 275<!-- = 11e9 / by_length()["gated
+# at first, and the gated layer catches up; within the longest run the gated one is ahead from 16 million tokens
+# on.<!-- if (distance_in_training("no product")[1, 4:] > 0).all() --> The stacked SSM, which has no products either,
+# goes the same way: 0.06<!-- = -above_gated(5, "stacked SSM, GELU") --> nats below the gated one after 5 million
+# tokens, and 0.04<!-- = above_gated(10, "stacked SSM, GELU") -->, 0.09<!-- = above_gated(20, "stacked SSM, GELU") -->
+# and 0.11<!-- = above_gated(40, "stacked SSM, GELU") --> above it after 10, 20 and 40 million. So what 10 million
+# tokens say against gates does not hold for more. The paper's shortest runs read 275<!-- = 11e9 / by_length()["gated
 # SSM"][-1]["tokens"] --> times as many as our longest. (All ours have the learning rates that were best for 4 million
 # tokens.)
 #
@@ -7991,12 +7991,15 @@ def measure_lengths():
 # The forerunner read 65 million tokens, and its loss fell all the while; yet its layers had hardly any effect at the
 # start. At a width of 192 a layer that starts as published has an output of almost zero ([section 6](#6-gating)),
 # AdamW's $\epsilon$ is larger than its gradients, and only every seventh word is masked. What is each of these worth?
-# We ran the size `small` for 4.1 million tokens: first the published way, AdamW with four changes (a start for the
-# width; $\epsilon$ of $10^{-8}$ and $\beta_2$ of 0.999; no dropout; SSMs that do not decay) and Muon with the same,
-# each at its best of several rates, and the published way with the first of them alone; then single changes to the
-# best of these, one run each; then 30 and 40 % of the words masked, and 30 % with each of three other changes, three
-# runs each. No stage used a seed of another. The loss is always measured on the same 512 rows, with 15 % of the words
-# masked.
+# We ran the size `small` for 4.1 million tokens, in three stages, none of which used a seed of another:
+#
+# 1. the published way; AdamW with four changes (a start for the width; $\epsilon$ of $10^{-8}$ and $\beta_2$ of
+#    0.999; no dropout; SSMs that do not decay); Muon with the same four; each at its best of several rates, and the
+#    published way with the first change alone;
+# 2. single changes to the best of these, one run each;
+# 3. 30 and 40 % of the words masked, and 30 % with each of three other changes, three runs each.
+#
+# The loss is always measured on the same 512 rows, with 15 % of the words masked.
 
 
 # %% tags=["appendix"]
@@ -8080,14 +8083,14 @@ def show_screening():
 # frozen") - screened_gain("masking 30 %") -->. Masking 40 %, or a decay of 0.2 beside 30 %, beat 30 % alone by
 # 0.05<!-- = screened_gain("masking 40 %") - screened_gain("masking 30 %") -->; neither was taken over.
 #
-# Muon beats AdamW by 0.20<!-- = best_screened("adamw") - best_screened("muon") -->. That AdamW beats the published
-# way by 0.17<!-- = best_screened("published") - best_screened("adamw") -->, and most of that is due to the start,
-# which alone gains 0.14<!-- = best_screened("published") - best_screened("published, start") -->. (These comparisons
-# have one seed, Muon the best of nine pairs of rates, AdamW of four.) Once Muon moves the matrices a smaller start
-# makes no difference (its steps do not depend on how large a gradient is); one twice as large does harm. What SSM
-# rate, clipping, $\beta_2$ and $\epsilon$ did lies within what two seeds differ by. Showing 5 % of the chosen words
-# as they are, in place of 10 %, changes nothing. Showing none of them does harm: such a model learns nothing of
-# unchanged words, which occur in the held-out rows.
+# Muon beats AdamW by 0.20<!-- = best_screened("adamw") - best_screened("muon") -->. With its four changes AdamW beats
+# the published way by 0.17<!-- = best_screened("published") - best_screened("adamw") -->, and most of that is due to
+# the start, which alone gains 0.14<!-- = best_screened("published") - best_screened("published, start") -->. (These
+# comparisons have one seed, Muon the best of nine pairs of rates, AdamW of four.) Once Muon moves the matrices a
+# smaller start makes no difference (its steps do not depend on how large a gradient is); one twice as large does
+# harm. What SSM rate, clipping, $\beta_2$ and $\epsilon$ did lies within what two seeds differ by. Showing 5 % of the
+# chosen words as they are, in place of 10 %, changes nothing. Showing none of them does harm: such a model learns
+# nothing of unchanged words, which occur in the held-out rows.
 #
 # In `annotated` $\beta_2$ and $\epsilon$ stay as published; its decay of 0.1 and last rate of 2 % were not tried
 # here. Below is the size `small` under `documented-small` and `annotated`, one run each. A part of the difference may

@@ -159,11 +159,11 @@ def test_every_length_has_every_architecture():
     runs = comparison.read_record(bigs.DATA / "lengths.jsonl")
     arms = {run["arm"] for run in runs}
     lengths = {run["tokens"] for run in runs}
-    first = [(run["arm"], run["tokens"]) for run in runs if run["seed"] == 0]
-    assert sorted(first) == sorted(itertools.product(arms, lengths))
-    for run in runs:  # beside one of the gated SSM with the same seed
-        pair = {"arm": "gated SSM", "seed": run["seed"], "tokens": run["tokens"]}
-        assert any(pair.items() <= other.items() for other in runs)
+    made = [(run["arm"], run["seed"], run["tokens"]) for run in runs]
+    assert len(made) == len(set(made))
+    assert set(itertools.product(arms, [0], lengths)) <= set(made)
+    for _, seed, tokens in made:  # what is compared with the gated SSM
+        assert ("gated SSM", seed, tokens) in made
 
     for runs in bigs.by_length().values():
         tokens = [run["tokens"] for run in runs]
