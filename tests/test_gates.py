@@ -124,10 +124,12 @@ def test_the_readme_tells_what_was_measured():
     none = bigs.rival("no product")
     stacked = bigs.rival("stacked SSM, GELU")
     frozen = bigs.rival("frozen SSM", "routings").differences
-    last = {arm: bigs.above_gated(40, arm) for arm in bigs.by_length()}
+    last = {arm: bigs.above_gated(40, arm) for arm in bigs.longer_arms()}
+    again = bigs.above_gated(40, "no product", seed=1)
     sentences = [
-        f"without products {last['no product']:.2f} above the gated SSM, the stacked"
-        f" SSM {last['stacked SSM, GELU']:.2f} above, attention, which had hardly begun"
+        f"without products {last['no product']:.2f} and {again:.2f} above the gated SSM"
+        f" (two seeds), the stacked SSM {last['stacked SSM, GELU']:.2f} above,"
+        " attention, which had hardly begun"
         f" to learn after ten, {-last['stacked attention']:.2f} below (one seed each)",
         f"{-none.mean:.2f} nats below the gated SSM"
         f" ({SEEDS[len(none.differences)]} seeds,"

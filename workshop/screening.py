@@ -455,11 +455,20 @@ def runs_for_rates(found: dict[str, dict]) -> list[Run]:
     return runs
 
 
+ALONE = {
+    "published, start": {"start": WIDTH_RULE},
+    "published, epsilon and beta_2": {"eps": ADAMW.eps, "b2": ADAMW.b2},
+    "published, no dropout": {"dropout": 0.0},
+}
+
+
 def runs_alone(found: dict[str, dict]) -> list[Run]:
-    """The published way at its best rate, with the start for the width alone."""
+    """The published way at its best rate, with one thing at a time of the other."""
     base = best_way("published", runs_for_rates(found), found)
-    way = replace(base, start=WIDTH_RULE)
-    return [Run("published, start", way, SEED_OF_RATES)]
+    return [
+        Run(name, replace(base, **change), SEED_OF_RATES)
+        for name, change in ALONE.items()
+    ]
 
 
 CHANGES = {
