@@ -6893,7 +6893,7 @@ def show_lengths():
 # Attention catches up. For eight million tokens of its longest run the loss stays above 6<!-- if by_length("stacked
 # attention")[40]["curve"][2][1] > 6 -->, and over the next four it falls by 1.6<!-- = by_length("stacked
 # attention")[40]["curve"][2][1] - by_length("stacked attention")[40]["curve"][3][1] -->. After 20 million tokens it
-# ends 0.33<!-- = above_gated(20, "stacked attention") --> nats above the gated SSM (0.33<!-- = above_gated(20,
+# ends 0.33<!-- = above_gated(20, "stacked attention") --> nats above the gated SSM (0.20<!-- = above_gated(20,
 # "stacked attention", 1) --> with a second seed). In the longest run it is ahead by 0.11<!-- =
 # -distance_in_training("stacked attention")[1, 6] --> at 24 million tokens and by 0.03<!-- = -above_gated(40,
 # "stacked attention") --> in the end; with one seed, neither is shown to be better. So the two nats after 10 million
