@@ -6741,15 +6741,6 @@ def show_gates():
 
 
 # %% tags=["appendix"]
-def complete_runs() -> list[dict[str, Any]]:
-    """The runs of data/lengths.jsonl, and those of data/gates.jsonl of full length.
-
-    >>> len(complete_runs()) > len(runs_of("lengths"))
-    True
-    """
-    return runs_of("lengths") + longest(runs_of("gates"))
-
-
 def longer_arms() -> list[str]:
     """The architectures of data/lengths.jsonl.
 
@@ -6760,13 +6751,14 @@ def longer_arms() -> list[str]:
 
 
 def by_length(arm: str, seed: int = 0) -> dict[int, dict[str, Any]]:
-    """The complete runs of an architecture and seed by million tokens, the shortest
-    first.
+    """The complete runs of an architecture and seed in data/lengths.jsonl and
+    data/gates.jsonl, by million tokens, the shortest first.
 
     >>> list(by_length("gated SSM"))
     [5, 10, 20, 40]
     """
-    own = [run for run in complete_runs() if (run["arm"], run["seed"]) == (arm, seed)]
+    runs = runs_of("lengths") + longest(runs_of("gates"))
+    own = [run for run in runs if (run["arm"], run["seed"]) == (arm, seed)]
     own.sort(key=lambda run: run["tokens"])
     return {round(run["tokens"] / 1e6): run for run in own}
 

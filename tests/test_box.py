@@ -140,6 +140,14 @@ def test_losses_that_are_told_were_measured(card, readme):
     assert f"reaches {last:.1f} nats per masked word" in readme
 
 
+def test_what_short_kernels_cost_was_measured(readme):
+    """Each kernel of the model, cut off behind 32 tokens, on three texts."""
+    losses = bigs.boxed_reading()["shortened"].values()
+    costs = [found["32"] - found["127"] for found in losses]
+    told = f"after 32 tokens cost {min(costs):.2f} to {max(costs):.2f} nats"
+    assert told in " ".join(readme.split())
+
+
 def mean_score(found, variant):
     """In percent, of the best models of all seeds."""
     best = found["variants"][variant]["best"][found["dev"]]

@@ -455,6 +455,13 @@ def runs_for_rates(found: dict[str, dict]) -> list[Run]:
     return runs
 
 
+def one_by_one(base: Way, changes: dict[str, dict], seed: int) -> list[Run]:
+    """A run for each change of a way."""
+    return [
+        Run(name, replace(base, **change), seed) for name, change in changes.items()
+    ]
+
+
 ALONE = {
     "published, start": {"start": WIDTH_RULE},
     "published, epsilon and beta_2": {"eps": ADAMW.eps, "b2": ADAMW.b2},
@@ -465,10 +472,7 @@ ALONE = {
 def runs_alone(found: dict[str, dict]) -> list[Run]:
     """The published way at its best rate, with one thing at a time of the other."""
     base = best_way("published", runs_for_rates(found), found)
-    return [
-        Run(name, replace(base, **change), SEED_OF_RATES)
-        for name, change in ALONE.items()
-    ]
+    return one_by_one(base, ALONE, SEED_OF_RATES)
 
 
 CHANGES = {
@@ -517,8 +521,7 @@ def base_way(found: dict[str, dict]) -> Way:
 
 def runs_of_changes(found: dict[str, dict]) -> list[Run]:
     """One change at a time from the best Muon."""
-    base = base_way(found)
-    return [Run(name, replace(base, **change), 0) for name, change in CHANGES.items()]
+    return one_by_one(base_way(found), CHANGES, 0)
 
 
 AGAIN = {
