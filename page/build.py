@@ -176,9 +176,8 @@ def mark_code(page: str) -> str:
             + "</code>"
         )
 
-    page = re.sub(
-        r' id="(?:toc-[^"]*|cb\d+)"', "", page
-    )  # nothing leads to these, and a contents stands here twice
+    # Nothing leads to these, and a contents stands here twice.
+    page = re.sub(r' id="(?:toc-[^"]*|cb\d+)"', "", page)
     return re.sub(
         r'(<code class="sourceCode python">)(.*?)</code>', mark, page, flags=re.DOTALL
     )
@@ -256,9 +255,12 @@ def build(notebook: pathlib.Path, target: pathlib.Path) -> None:
     install()
     page = break_long_names(mark_code(set_formulas(pandoc(notebook))))
     page = page.replace("</head>", f"<style>\n{styles(page)}</style>\n</head>", 1)
-    if outside := FETCHED.findall(page):
+    outside = FETCHED.findall(page)
+    if outside:
         raise SystemExit(f"the page would fetch {outside}")
-    target.write_text(page)
+    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished.write_text(page)
+    unfinished.replace(target)
     print(
         f"{target.name}: {len(page.encode()) // 1024} KiB, {page.count('<math ')}"
         " formulas"

@@ -124,7 +124,8 @@ def main() -> None:
     for _, changes in found:
         for change in changes:
             print(change)
-    script.write_text("\n#\n".join(text for text, _ in found))
+    with annotated_bigs.write_whole(script) as part:
+        part.write_text("\n#\n".join(text for text, _ in found))
     again = sum(AGAIN in text for text, _ in found)
     count = sum(len(changes) for _, changes in found)
     print(f"{count} numbers renewed; {again} paragraphs to read again")

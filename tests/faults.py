@@ -60,7 +60,6 @@ def net(case):
 
 
 GATED_LOGITS = net("logits-gated-ssm-float32")
-STACK_LOGITS = net("logits-stack-ssm-float32")
 BERT_LOGITS = net("logits-stack-attention-float32")
 TRAINING = net("training-gated-ssm-float32")
 PARTS = net("training-in-parts")

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -62,6 +61,18 @@ MISTAKES = {
     "flax_model.msgpack is missing": ("fill-mask", "[MASK]", "--model", "halfmodel"),
     "config.json is missing": ("fill-mask", "[MASK]", "--model", "data"),
     "top: 0 is not positive": ("fill-mask", "one of [MASK]", "--top", "0"),
+    "distributed: 'x' is neither auto nor": (*BAD, "--distributed", "x"),
+    "seeds: 0 is not positive": ("compare", "--seeds", "0"),
+    "parts: 0 is not positive": (*BAD, "--corpus", "empty.txt", "--parts", "0"),
+    "length: 2 leaves no room between [CLS] and [SEP]": (*BAD, "--length", "2"),
+    "heldout, parts: these need a --corpus": (*BAD, "--heldout", "README.md"),
+    "latin.txt, after line 0: not UTF-8": (*BAD, "--vocabulary", "latin.txt"),
+    "no/such holds no run": ("inspect", "--run", "no/such"),
+    "ofatask is no run of pretrain": (
+        *("export", "--run", "ofatask", "--output", "runs/bad"),
+    ),
+    "no run of pretrain": ("figures", "--runs", "ofatask"),
+    "there is no pair in it": ("grammar", "--pairs", "empty.txt"),
     "tpu: 'v99' does not exist; choose one of v3, v4, v5e, v6e": (
         *("benchmark", "--tpu", "v99"),
     ),
@@ -87,6 +98,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(project, main, capsys, message
     (project / "latin.txt").write_bytes("Stra\xdfe\n\n".encode("latin1") * 40)
     (project / "halfmodel").mkdir(exist_ok=True)
     shutil.copy(ROOT / "tests/golden/mlm/config.json", project / "halfmodel")
+    (project / "ofatask").mkdir(exist_ok=True)
+    (project / "ofatask/run.json").write_text('{"model": {}, "data": {}}')
 
     status = main(*MISTAKES[message])
 
@@ -170,7 +183,7 @@ def test_the_box_answers_at_once(project):
 def test_a_new_model_may_have_another_architecture():
     asked = commands.Architecture("stack", "attention", "cls")
     config = asked.of(bigs.tiny)
-    wanted = replace(bigs.RIVALS["stacked, attention (BERT)"], pre_norm=True)
+    wanted = bigs.RIVALS["stacked, attention (BERT)"]
     for field in ("block", "routing", "pooler_type"):
         assert getattr(config, field) == getattr(wanted, field)
     assert config.intermediate_size == 4 * config.hidden_size
@@ -282,7 +295,7 @@ def found(document_run, project):
 @pytest.mark.slow
 def test_the_whole_document_runs_without_network(document_run, project):
     assert "everything" in document_run.splitlines()[-1]
-    drawn = {path.name for path in (project / "figures").glob("*.png")}
+    drawn = {path.name for path in (project / "runs/figures").glob("*.png")}
     assert drawn == {path.name for path in (ROOT / "figures").glob("*.png")}
     assert (project / "runs" / "tiny" / "flax_model.msgpack").exists()
     text = "The function [MASK] a new array."

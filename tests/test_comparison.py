@@ -54,6 +54,14 @@ def test_what_stands_in_the_record_is_not_run_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_as_many_tokens_in_other_batches_are_another_run(tmp_path):
+    first = compare(plan(), range(1), tmp_path)
+    second = compare(plan(batch=4, steps=8), range(1), tmp_path)
+    assert [run["tokens"] for run in first] == [run["tokens"] for run in second]
+    assert [run["batch"] for run in first + second] == [8, 8, 4, 4]
+
+
+@pytest.mark.slow
 def test_each_arm_gets_the_best_of_its_rates(tmp_path):
     chosen = compare(plan(rates=(1e-6, 1.0)), range(1), tmp_path)
 
@@ -69,21 +77,26 @@ def test_each_arm_gets_the_best_of_its_rates(tmp_path):
 
 @pytest.mark.slow
 def test_runs_of_one_seed_read_the_same(tmp_path, monkeypatch):
-    read = []
+    read = [[]]  # before the first run, and in each
     ours = bigs.batch_at
+    pretrain = comparison.running.pretrain
 
     def spy(*arguments, **named):
         batch = ours(*arguments, **named)
-        read.append((arguments[2:4], batch.input_ids.tobytes()))
+        read[-1].append(batch.input_ids.tobytes())
         return batch
 
+    def one_run(*arguments, **named):
+        read.append([])
+        return pretrain(*arguments, **named)
+
     monkeypatch.setattr(bigs, "batch_at", spy)
+    monkeypatch.setattr(comparison.running, "pretrain", one_run)
     compare(plan(), range(1), tmp_path)
 
-    assert len(read) > 2 * 4
-    for place in {place for place, _ in read}:
-        found = {rows for at, rows in read if at == place}
-        assert len(found) == 1
+    _, first, second = read
+    assert len(set(first)) >= 4
+    assert first == second
 
 
 @pytest.mark.slow
@@ -115,6 +128,10 @@ def test_an_arm_is_fine_tuned_on_the_first_examples_of_a_task(tmp_path, monkeypa
         assert after["heldout"] == before["heldout"]
         assert after["tasks"]["sst2"] == before["tasks"]["sst2"]
         assert "cola" in after["tasks"]
+
+    fewer = compare(plan(task=("sst2",), most=32), range(1), tmp_path, data)
+    for run in fewer:
+        assert run["tasks"]["sst2"]["examples"] == {"train": 32, "dev": 96}
 
 
 def test_a_task_without_a_training_set_is_refused(tmp_path, monkeypatch):

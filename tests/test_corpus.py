@@ -22,7 +22,7 @@ import pytest
 import transformers
 
 import annotated_bigs as bigs
-from workshop import corpora
+from workshop import corpora, studies
 
 ROOT = Path(__file__).parents[1]
 BERT = ROOT.parent / "shared/data/vocab/bert-base-uncased-vocab.txt"
@@ -469,9 +469,16 @@ def test_a_shard_may_be_held_out_for_texts(tmp_path, tokenizer):
     text = write(tmp_path / "a.txt", TEXTS)
     data = corpora.prepare([text], tokenizer, 32, [shard])
     rows = packed_by_hand(*shard_rows(), 32)
-    restored = np.concatenate([batch.input_ids for batch in data.heldout])
-    assert restored.shape[1] == 32
-    assert len(rows) >= len(restored)
+    held = [row for batch in data.heldout for row in restored(batch)]
+    order = bigs.epoch_order(len(rows), 0, 0)[: len(held)]
+    assert len(held) >= 64
+    assert held == rows[order].tolist()
+
+
+def test_a_shard_has_no_texts_to_inspect(tmp_path):
+    shard = write_shard(tmp_path / "a.h5", shard_fields())
+    with pytest.raises(bigs.UserError, match="heldout: .*a.h5 is of HDF5 shards"):
+        studies.texts_of(str(shard))
 
 
 BAD_SHARDS = [

@@ -275,9 +275,7 @@ def test_the_hub_gives_the_same_in_its_own_columns(monkeypatch):
         return datasets.Dataset.from_dict(texts | {"label": stored[name, split]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    glue.task_texts.cache_clear()
     found = glue.task_texts("mnli", None)
-    glue.task_texts.cache_clear()
 
     assert list(found) == ["train", "dev_matched", "test_matched", "diagnostic"]
     assert found["train"].labels.tolist() == [0, 2]

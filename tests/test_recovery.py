@@ -245,7 +245,7 @@ def test_a_run_is_resumed_as_what_it_was(tmp_path, field):
     settings = {
         "config": asdict(small.CONFIG),
         "recipe": asdict(small.RECIPE),
-        "data": {"text": "one"},
+        "data": {"text": "one", "start": None},
     }
     with running.claimed(tmp_path, settings, False):
         before = (tmp_path / "run.json").read_bytes()
@@ -261,6 +261,40 @@ def test_a_run_is_resumed_as_what_it_was(tmp_path, field):
 
     assert (tmp_path / "run.json").read_bytes() == before
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_run_without_a_checkpoint_has_no_state(tmp_path):
+    settings = {
+        "config": asdict(small.CONFIG),
+        "recipe": asdict(small.RECIPE),
+        "data": {},
+    }
+    with running.claimed(tmp_path, settings, False):
+        (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(bigs.UserError, match="has no checkpoint yet"):
+        next(running.states_of(tmp_path))
+
+
+def test_a_run_is_resumed_from_the_model_that_it_began_with(tmp_path):
+    """Also one that has no checkpoint yet."""
+    first, second = (bigs.BiGS(small.CONFIG, seed=seed) for seed in (1, 2))
+    settings = {
+        "config": asdict(small.CONFIG),
+        "recipe": asdict(small.RECIPE),
+        "data": {"text": small.dataset().identity, "start": running.weights_of(first)},
+    }
+    with running.claimed(tmp_path, settings, False):
+        pass
+    for start in (second, None):
+        with pytest.raises(bigs.UserError, match="^start: .* began with"):
+            running.pretrain(
+                small.CONFIG,
+                small.RECIPE,
+                small.dataset(),
+                tmp_path,
+                resume=True,
+                start=start,
+            )
 
 
 def test_what_changes_no_number_may_change(whole, half):
@@ -332,7 +366,7 @@ def test_a_full_disk_keeps_the_log(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
-        with pytest.raises((OSError, bigs.UserError)):
+        with pytest.raises(bigs.UserError, match="log.jsonl: cannot be written"):
             running.Journal(tmp_path, 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

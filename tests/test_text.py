@@ -126,3 +126,9 @@ def test_the_demonstrations_data():
     assert len(data.train.tokens) > 3000
     assert len(data.heldout) >= 3
     assert len(train.labels) == len(test.labels) == 1000
+
+
+def test_too_little_text_for_a_row_is_named():
+    tokenizer = bigs.train_tokenizer(["a b"] * 20, 30)
+    with pytest.raises(bigs.UserError, match="do not fill one row of 16"):
+        bigs.pack(["a b"], tokenizer, 16)

@@ -190,6 +190,7 @@ def test_recipes_are_those_of_the_paper():
     """Their tokens, to the nearest step of 1048 rows of 128 tokens."""
     step = 1048 * 128
     assert bigs.RECIPES["documented"].tokens == 13_414_400_000
+    assert bigs.RECIPES["documented"].warmup == 0.02
     assert bigs.RECIPES["longer"].tokens == 10_000 * 53_248
     for name, tokens in (("short", 11e9), ("medium", 29e9), ("full", 97e9)):
         found = bigs.RECIPES[name].tokens
@@ -201,6 +202,12 @@ def test_recipes_are_those_of_the_paper():
         assert bigs.RECIPES[name].start == 0.02
         assert not bigs.RECIPES[name].matrix_rate
     assert not bigs.RECIPES["annotated"].ssm_decay
+
+
+@pytest.mark.parametrize("kind", [bigs.Recipe, bigs.Tuning])
+def test_a_negative_decay_is_refused(kind):
+    with pytest.raises(bigs.UserError, match="weight_decay: -1.0 is negative"):
+        kind(weight_decay=-1.0)
 
 
 # Steps
@@ -328,12 +335,19 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch):
     assert heldout_of(log_of(cut)) == heldout_of(whole.history)
 
 
+def test_a_batch_that_devices_cannot_share_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    message = "batch: 4 sequences cannot be shared by 3"
+    with pytest.raises(bigs.UserError, match=message):
+        running.pretrain(small.CONFIG, small.RECIPE, small.dataset(), tmp_path)
+
+
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     """It was killed before its first checkpoint was finished."""
     settings = {
         "config": asdict(small.CONFIG),
         "recipe": asdict(small.RECIPE),
-        "data": {"text": small.dataset().identity},
+        "data": {"text": small.dataset().identity, "start": None},
     }
     with running.claimed(tmp_path, settings, False):
         (tmp_path / "checkpoints").mkdir()

@@ -14,7 +14,7 @@ import annotated_bigs as bigs
 STORY = small.ROOT / "annotated_bigs.py"
 
 
-def python(folder, *arguments, **settings):
+def python(folder, *arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,

@@ -7,9 +7,7 @@ tyro and is the one place where a user's mistake becomes a line instead of a tra
 
 import contextlib
 import itertools
-import json
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,13 +82,8 @@ def compare_runs(folders: tuple[Path, ...]) -> Callable:
     def runs_figure():
         drawing, ax = bigs.canvas()
         for number, folder in enumerate(folders):
-            file = folder / "run.json"
             color = f"C{number}"
-            if not file.exists():
-                raise bigs.UserError(
-                    f"runs: {folder} holds no run, {file.name} is missing"
-                )
-            recipe = bigs.Recipe(**json.loads(file.read_text())["recipe"])
+            _, recipe = running.run_settings(folder)
             history = running.read_log(folder)
             for key, style in (
                 ("loss", dict(alpha=0.3, lw=0.8)),
@@ -178,9 +171,8 @@ def leaving_on_request() -> Iterator[Callable[[], bool]]:
     """
     import signal
 
-    if (
-        jax.process_count() > 1
-    ):  # each would leave at another step: jax's own handler lets all agree on one
+    # Each process would leave at another step; jax's own handler lets all agree on one.
+    if jax.process_count() > 1:
         yield lambda: False
         return
     received = []
@@ -213,6 +205,29 @@ def join_processes(distributed: str) -> None:
             ) from None
 
 
+def check_positive(**numbers: int | None) -> None:
+    """UserError for a number below 1.
+
+    >>> check_positive(parts=None, seeds=0)
+    Traceback (most recent call last):
+    annotated_bigs.UserError: seeds: 0 is not positive
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise bigs.UserError(f"{name}: {number} is not positive")
+
+
+def usual_precision() -> str:
+    """The precision that suits this device."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def keep_programs() -> None:
+    """Let jax keep what it compiles for the next command."""
+    folder = (bigs.RUNS / "compiled").resolve()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a run reads.
@@ -238,7 +253,15 @@ class Reading:
     pieces: int = 8192
 
     def dataset(self, length: int, model: str | None = None) -> bigs.Dataset:
-        """Tokenizer and rows."""
+        """Tokenizer and rows; UserError for what makes none."""
+        check_positive(parts=self.parts)
+        if length < 3:
+            raise bigs.UserError(
+                f"length: {length} leaves no room between [CLS] and [SEP]; give 3 or"
+                " more"
+            )
+        if not self.corpus and (self.heldout or self.parts is not None):
+            raise bigs.UserError("heldout, parts: these need a --corpus; give one")
         if self.vocabulary or model:
             tokenizer = (
                 corpora.load_vocabulary(self.vocabulary)
@@ -305,9 +328,11 @@ class Architecture:
     """What a new model is made of; what is not given is the size's.
 
     Args:
-        block: gated or stack (or, of workshop/arms.py, sum, single or stack-gelu); a
-            stack's feed-forward layers are four times as wide as the model.
-        routing: ssm, attention or none (or free: kernels that are no SSM's).
+        block: gated or stack (or, of workshop/arms.py, sum, single, no-product or
+            stack-gelu); a stack's feed-forward layers are four times as wide as the
+            model.
+        routing: ssm, attention or none (or, of workshop/arms.py, free kernels that are
+            no SSM's, or channels, an SSM for each).
         pooler: non_padding_mean, mean or cls; how a text becomes one vector in
             fine-tuning.
     """
@@ -413,11 +438,9 @@ def command_pretrain(
         f" ({jax.default_backend()})",
         file=sys.stderr,
     )
-    jax.config.update(
-        "jax_compilation_cache_dir", str((bigs.RUNS / "compiled").resolve())
-    )
+    keep_programs()
     data = reading.dataset(plan.length, model)
-    dtype = precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = precision or usual_precision()
     config, start = model_for(
         replace(config, vocab_size=len(data.tokenizer)), model, plan.length, dtype
     )
@@ -574,6 +597,7 @@ def command_compare(
         record: file of JSON lines, one for each finished run; what stands there is not
             run again, but fine-tuned on tasks that it lacks.
     """
+    check_positive(seeds=seeds)
     for arm in arms:
         bigs.choose(ARMS, "arms", arm)
     for name in plan.task:
@@ -599,8 +623,7 @@ def command_fill_mask(
             data/bigs-boxed.
         top: how many words.
     """
-    if top < 1:
-        raise bigs.UserError(f"top: {top} is not positive")
+    check_positive(top=top)
     network = masked_model(model)
     tokenizer = bigs.load_tokenizer(model)
     for number, words in enumerate(bigs.fill_mask(network, tokenizer, text, top), 1):
@@ -625,8 +648,7 @@ def command_grammar(
         every: take each so many-th pair, for a quick look.
         json: also write the accuracies to this file.
     """
-    if every < 1:
-        raise bigs.UserError(f"every: {every} is not positive")
+    check_positive(every=every)
     network = masked_model(model)
     tokenizer = bigs.load_tokenizer(model)
     found = grammar.accuracy(network, tokenizer, grammar.read_pairs(pairs)[::every])
@@ -673,15 +695,13 @@ def starting_point(model: str, start: str | None, name: str, output: Path) -> st
     on another task.
     """
     after = bigs.GLUE[name].after
-    if after and start:
+    if after is None:
+        return model
+    if start:
         return start
-    if after:
-        bigs.finish_writing(output / after)
-    return (
-        str(output / after)
-        if after and (output / after / "config.json").exists()
-        else model
-    )
+    bigs.finish_writing(output / after)
+    is_there = (output / after / "config.json").exists()
+    return str(output / after) if is_there else model
 
 
 def finetuned_task(
@@ -703,12 +723,7 @@ def finetuned_task(
     tunings = grid.tunings(
         search, network.config.hidden_size, freeze_kernels=freeze_kernels
     )
-    weights = corpora.fingerprint(
-        *(
-            zlib.crc32(np.asarray(leaf).tobytes())
-            for _, leaf in bigs.named_parameters(network)
-        )
-    )
+    weights = running.weights_of(network)
 
     def whole(texts):
         return (
@@ -776,11 +791,8 @@ def command_finetune(
     names = [
         name for name in bigs.GLUE if name in task or "all" in task and name != "order"
     ]
-    if seeds < 1:
-        raise bigs.UserError(f"seeds: {seeds} is not positive")
-    jax.config.update(
-        "jax_compilation_cache_dir", str((bigs.RUNS / "compiled").resolve())
-    )
+    check_positive(seeds=seeds)
+    keep_programs()
     found = {}
     texts = {name: glue.task_texts(name, data) for name in names}
     for name, splits in texts.items():
@@ -879,7 +891,7 @@ def command_benchmark(
     config = bigs.choose(bigs.SIZES, "size", size)
     lengths = lengths or tuple(2**k for k in range(7, 14))
     for kind in kinds:
-        bigs.choose({kind: kind for kind in benchmark.KINDS}, "kinds", kind)
+        bigs.choose(dict.fromkeys(benchmark.KINDS), "kinds", kind)
     if min(*lengths, tokens, repeats) < 1:
         raise bigs.UserError("lengths, tokens, repeats: must be at least 1")
     if published:
@@ -891,8 +903,7 @@ def command_benchmark(
     elif tpu is not None:
         results = on_tpu(tpu, lengths)
     else:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        config = replace(config, dtype=dtype)
+        config = replace(config, dtype=usual_precision())
         rows = benchmark.benchmark(config, lengths, tokens, repeats, kinds)
         results = {"size": size, "rows": rows}
         benchmark.print_benchmark(rows)

@@ -9,6 +9,7 @@ else. Runs of one seed read the same rows, in the same order, under the same mas
 
 import itertools
 import json
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ class Plan:
         return tasks
 
 
-def read_record(file: Path) -> list[dict[str, Any]]:
-    """The finished runs of a record; none if there is no file yet.
+FIELDS = frozenset({"arm", "seed"})
+
+
+def read_record(file: Path, fields: Set[str] = FIELDS) -> list[dict[str, Any]]:
+    """The finished runs of a record, which have these fields; none if there is no file
+    yet.
 
     >>> read_record(Path("no/such/record.jsonl"))
     []
@@ -71,18 +76,18 @@ def read_record(file: Path) -> list[dict[str, Any]]:
     runs = []
     lines = file.read_text().splitlines() if file.exists() else []
     for number, line in enumerate(lines, 1):
-        run = read_run(line)
+        run = read_run(line, fields)
         if run is None:
             raise bigs.UserError(
-                f"{file}, line {number}: no run of a comparison; delete the line, or"
-                " choose another record"
+                f"{file}, line {number}: no finished run; delete the line, or choose"
+                " another record"
             )
         runs.append(run)
     return runs
 
 
-def read_run(line: str) -> dict[str, Any] | None:
-    """The run of a line, or None if there is none.
+def read_run(line: str, fields: Set[str] = FIELDS) -> dict[str, Any] | None:
+    """The run of a line, or None if there is none with these fields.
 
     >>> read_run('{"arm": "gated SSM", "seed": 0}')["seed"]
     0
@@ -93,7 +98,7 @@ def read_run(line: str) -> dict[str, Any] | None:
         run = json.loads(line)
     except ValueError:
         return None
-    is_run = isinstance(run, dict) and {"arm", "seed"} <= run.keys()
+    is_run = isinstance(run, dict) and fields <= run.keys()
     return run if is_run else None
 
 
@@ -151,6 +156,25 @@ def task_score(
     }
 
 
+def without_score(
+    tasks: dict[str, dict[str, bigs.Texts]], scores: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, bigs.Texts]]:
+    """The tasks that have no score after so many training examples.
+
+    >>> tasks = {"cola": {"train": bigs.Texts([("A",), ("B",)], None)}}
+    >>> list(without_score(tasks, {"cola": {"examples": {"train": 1}}}))
+    ['cola']
+    >>> list(without_score(tasks, {"cola": {"examples": {"train": 2}}}))
+    []
+    """
+    return {
+        name: splits
+        for name, splits in tasks.items()
+        if name not in scores
+        or scores[name]["examples"]["train"] != len(splits["train"].texts)
+    }
+
+
 def one_run(
     config: bigs.Config,
     recipe: bigs.Recipe,
@@ -159,8 +183,8 @@ def one_run(
     tasks: dict[str, dict[str, bigs.Texts]],
     scores: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Pretrain in a folder, where a finished run is only read, and fine-tune on the
-    tasks that have no score yet: what a record keeps of it.
+    """Pretrain in a folder, where a finished run is only read, and fine-tune on tasks:
+    what a record keeps of it, beside the scores it has.
     """
     loss = bigs.fast_loss_of(recipe)
     run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
@@ -170,17 +194,15 @@ def one_run(
         for record in run.history
         if "heldout" in record
     ]
-    scores = dict(scores)
-    for name, splits in tasks.items():
-        if name not in scores:
-            scores[name] = task_score(
-                name, splits, run.model, data.tokenizer, recipe.seed
-            )
+    new = {
+        name: task_score(name, splits, run.model, data.tokenizer, recipe.seed)
+        for name, splits in tasks.items()
+    }
     return {
         "heldout": curve[-1][1],
         "curve": curve,
         "parameters": bigs.parameters(config),
-        "tasks": scores,
+        "tasks": scores | new,
         "measured": bigs.circumstances(),
     }
 
@@ -204,6 +226,7 @@ def compare(
             "arm": name,
             "seed": seed,
             "size": plan.size,
+            "batch": plan.batch,
             "tokens": steps * plan.batch * length,
             "rate": rate,
             "text": data.identity,
@@ -211,12 +234,14 @@ def compare(
         runs = [run for run in read_record(record) if key.items() <= run.items()]
         known = runs[0] if runs else None
         scores = known["tasks"] if known else {}
-        if known and tasks.keys() <= scores.keys():
+        missing = without_score(tasks, scores)
+        if known and not missing:
             return known
-        folder = output / f"{name.replace(' ', '-')}-{seed}-{rate:g}-{steps}"
+        about = f"{plan.size}-{seed}-{rate:g}-{steps}x{plan.batch}"
+        folder = output / f"{name.replace(' ', '-')}-{about}"
         config = arms[name].config
         recipe = recipe_of(plan, arms[name], steps, rate, seed, length)
-        found = key | one_run(config, recipe, data, folder, tasks, scores)
+        found = key | one_run(config, recipe, data, folder, missing, scores)
         add_to_record(record, found, instead_of=known)
         return found
 

@@ -5,13 +5,17 @@ and kept in the Arrow cache of `datasets`, under a fingerprint of the part, the
 tokenizer and the row length. An interrupted preparation goes on with the first part
 that is not finished, and a second run with the same text begins at once. One document
 in sixty-four, by a checksum of its text, is held out, so a text that occurs twice is
-never on both sides. These rows come last in their part.
+never on both sides; of a shard, whose texts are already cut, the last rows are.
+Held-out rows come last in their part.
 """
 
 import functools
+import gzip
 import hashlib
+import io
 import itertools
 import json
+import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,25 +28,14 @@ import annotated_bigs as bigs
 
 BROKEN = 0.01  # share of broken lines that a file may have
 
-
-SUFFIXES = (
-    ".txt",
-    ".md",
-    ".json",
-    ".jsonl",
-    ".hdf5",
-    ".h5",
-)  # what a folder is searched for
+# What a folder is searched for.
+SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".hdf5", ".h5")
 
 
 def open_text(file: Path, newline: str | None = None):
     """Open a text file, compressed (.gz, .xz, .zst) or not, as UTF-8; lines end as for
     `open`.
     """
-    import gzip
-    import io
-    import lzma
-
     import pyarrow
 
     def zst(file, *_, **options):
@@ -52,12 +45,41 @@ def open_text(file: Path, newline: str | None = None):
     return opener(file, "rt", encoding="utf-8-sig", newline=newline)
 
 
+def text_lines(file: Path, newline: str | None = None) -> Iterator[str]:
+    """The lines of a text file, compressed or not, that end as for `open`.
+
+    Raises UserError that says at or after which line it cannot be read, or is no text.
+
+    >>> list(text_lines(Path("no/such.txt")))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    annotated_bigs.UserError: no/such.txt, after line 0: cannot be read (...
+    """
+    number = 0
+    try:
+        with open_text(file, newline) as text:
+            for line in text:
+                if "\0" in line:
+                    raise bigs.UserError(
+                        f"{file}, line {number + 1}: binary data, not text; give a text"
+                        " file"
+                    )
+                number += 1
+                yield line
+    except UnicodeDecodeError:
+        raise bigs.UserError(
+            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
+        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise bigs.UserError(
+            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
+        ) from None
+
+
 def read_documents(file: Path) -> Iterator[bigs.Document]:
     """Documents of one text or JSON-lines file; a line that is no JSON object with
     "text" is named and skipped.
 
-    Raises UserError that names file and line where something is not text, or too many
-    lines are broken.
+    Raises UserError where `text_lines` does, or too many lines are broken.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "two.txt"
@@ -65,36 +87,16 @@ def read_documents(file: Path) -> Iterator[bigs.Document]:
     >>> [document.text for document in read_documents(file)]
     ['A first text, on two lines.', 'A second one.']
     """
-    read = read_objects if ".json" in file.name else read_paragraphs
-    number = 0
-
-    def lines(text):
-        nonlocal number
-        for number, line in enumerate(text, 1):
-            if "\0" in line:
-                raise bigs.UserError(
-                    f"{file}, line {number}: binary data, not text; give a text file"
-                )
-            yield line
-
-    try:
-        with open_text(file) as text:
-            for found in read(lines(text), file):
-                yield bigs.Document(file.name, found)
-    except UnicodeDecodeError:
-        raise bigs.UserError(
-            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
-        ) from None
-    except (OSError, EOFError, zlib.error, lzma_error()) as error:
-        raise bigs.UserError(
-            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
-        ) from None
+    lines = text_lines(file)
+    is_json = ".json" in file.name
+    for text in read_objects(lines, file) if is_json else read_paragraphs(lines):
+        yield bigs.Document(file.name, text)
 
 
-def read_paragraphs(lines: Iterable[str], file: Path) -> Iterator[str]:
+def read_paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Texts that blank lines separate, each on one line.
 
-    >>> list(read_paragraphs(["A first,", "on two.", "", "A second."], Path("two.txt")))
+    >>> list(read_paragraphs(["A first,", "on two.", "", "A second."]))
     ['A first, on two.', 'A second.']
     """
     for has_words, group in itertools.groupby(lines, lambda line: bool(line.strip())):
@@ -151,13 +153,6 @@ def too_many(file: Path, broken: list[int], lines: int) -> None:
         )
 
 
-def lzma_error() -> type[Exception]:
-    """What a damaged .xz file raises; its module is only loaded here."""
-    import lzma
-
-    return lzma.LZMAError
-
-
 SHARD = ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")
 
 
@@ -185,9 +180,7 @@ def check_values(file: Path, field: str, values: np.ndarray, end: int) -> None:
         )
 
 
-def read_shard(
-    file: Path, tokenizer, split: bool, block: int = 4096
-) -> Iterator[tuple[bool, np.ndarray]]:
+def read_shard(file: Path, tokenizer, split: bool) -> Iterator[tuple[bool, np.ndarray]]:
     """(held out, running tokens) of an HDF5 shard, many rows at a time: masks are
     undone, [CLS] and the [SEP] that closes a full row are left out. If it is to be
     split, one row in sixty-four is held out, at the end.
@@ -202,9 +195,7 @@ def read_shard(
             check_shard(file, shard)
             rows, L = shard["input_ids"].shape
             train = rows - (-(-rows // 64) if split else 0)
-            for first, end in itertools.pairwise(
-                [*range(0, train, block), train, rows]
-            ):
+            for first, end in itertools.pairwise([*range(0, train, 4096), train, rows]):
                 ids, mask, positions, words = (
                     shard[field][first:end].astype(np.int32) for field in SHARD
                 )
@@ -226,13 +217,10 @@ def read_shard(
 
 
 class Part(NamedTuple):
-    """A part of a corpus: its name, what changes when it changes, its size, and how to
-    read it.
-    """
+    """A part of a corpus: its name, what changes when it changes, how to read it."""
 
     name: str
     identity: str
-    megabytes: float
     read: Callable[[], Iterator[bigs.Document]]
     is_shard: bool = False
 
@@ -278,7 +266,6 @@ def parts_of(source: str) -> list[Part]:
         return Part(
             str(file),
             identity,
-            file.stat().st_size / 1e6,
             functools.partial(read_shard if is_shard else read_documents, file),
             is_shard,
         )
@@ -328,7 +315,6 @@ def streamed_parts(name: str) -> list[Part]:
         Part(
             f"{name}, shard {number}",
             f"{name} {number} of {rows.num_shards}",
-            0.0,
             functools.partial(read, number),
         )
         for number in range(rows.num_shards)
@@ -565,7 +551,7 @@ def load_vocabulary(name: str):
                 f"vocabulary: {name} is neither a file nor a folder here, nor can it be"
                 " fetched from the hub; give a file like BERT's vocab.txt"
             ) from None
-    pieces = path.read_text("utf-8").removesuffix("\n").split("\n")
+    pieces = [line.removesuffix("\n") for line in text_lines(path)]
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     lacking = [token for token in special if token not in pieces]
     if lacking:

@@ -3,12 +3,10 @@ runs of tasks over seeds and grids, records, and answers for the server.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,15 +17,10 @@ import numpy as np
 import annotated_bigs as bigs
 from workshop import corpora
 
-COLA = (
-    "source",
-    "label",
-    "mark",
-    "sentence",
-)  # CoLA's files for training and development have no header
+# CoLA's files for training and development have no header.
+COLA = ("source", "label", "mark", "sentence")
 
-
-RAGGED = ("QQP",)
+RAGGED = ("QQP",)  # its official files hold some broken lines
 
 
 def check_header(file: Path, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
@@ -63,7 +56,7 @@ def read_tsv(
     line = "\n"
     short = 0
     found = []
-    for number, line in enumerate(text_lines(file), 1):
+    for number, line in enumerate(corpora.text_lines(file, "\n"), 1):
         cells = tuple(line.rstrip("\r\n").split("\t"))
         if not names:
             names = cells
@@ -96,26 +89,6 @@ def read_tsv(
             file=sys.stderr,
         )
     yield from found
-
-
-def text_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, compressed or not; UserError says after which line it
-    cannot be read.
-    """
-    number = 0
-    try:
-        with corpora.open_text(file, newline="\n") as text:
-            for line in text:
-                number += 1
-                yield line
-    except UnicodeDecodeError:
-        raise bigs.UserError(
-            f"{file}, after line {number}: not UTF-8; convert it, e.g. with iconv"
-        ) from None
-    except (OSError, EOFError, zlib.error, corpora.lzma_error()) as error:
-        raise bigs.UserError(
-            f"{file}, after line {number}: cannot be read ({error}); fetch it again"
-        ) from None
 
 
 def label_of(task: bigs.Task, word: str) -> int | float:
@@ -200,7 +173,6 @@ def hub_split(name: str, split: str) -> bigs.Texts | None:
     )
 
 
-@functools.cache
 def task_texts(name: str, data: Path | None) -> dict[str, bigs.Texts]:
     """All splits of a task that are there, from a folder or the hub; or the embedded
     sentences.
@@ -295,9 +267,8 @@ def tune(
         for split, texts in splits.items()
         if texts.labels is not None
     }
-    tests = {split: examples for split, examples in encoded.items() if split != "train"}
-    first = next(iter(tests.values()))
-    train = encoded["train"]
+    train = encoded.pop("train")
+    first = next(iter(encoded.values()))
     if variant == "not pretrained":
         start = bigs.BiGS(start.config, seed=seed)
     tuning = replace(tuning, **GLUE_VARIANTS[variant])
@@ -318,12 +289,12 @@ def tune(
     seconds = time.perf_counter() - began
     both = {"best": tuned.best, "last": tuned.last}
     outputs = {
-        kind: {split: bigs.predict(model, own) for split, own in tests.items()}
+        kind: {split: bigs.predict(model, own) for split, own in encoded.items()}
         for kind, model in both.items()
     }
     scores = {
         kind: {
-            split: bigs.task_scores(task, found, tests[split].labels)
+            split: bigs.task_scores(task, found, encoded[split].labels)
             for split, found in own.items()
         }
         for kind, own in outputs.items()

@@ -5,7 +5,6 @@ A sentence scores the sum of the log-likelihoods of its pieces, each masked alon
 error.
 """
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import annotated_bigs as bigs
+from workshop import corpora
 
 FIELDS = ("UID", "linguistics_term", "sentence_good", "sentence_bad")
 
@@ -29,18 +29,18 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     """
     if not file.exists():
         raise bigs.UserError(f"{file}: no such file; give BLiMP's pairs")
-    opened = gzip.open if file.suffix == ".gz" else open
     pairs = []
-    with opened(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                pair = json.loads(line)
-                pairs.append({key: pair[key] for key in FIELDS})
-            except (KeyError, TypeError, ValueError) as error:
-                raise bigs.UserError(
-                    f"{file}, line {number}: no pair of BLiMP ({error!r}); each line"
-                    f" needs {', '.join(FIELDS)}"
-                ) from None
+    for number, line in enumerate(corpora.text_lines(file), 1):
+        try:
+            pair = json.loads(line)
+            pairs.append({key: pair[key] for key in FIELDS})
+        except (KeyError, TypeError, ValueError) as error:
+            raise bigs.UserError(
+                f"{file}, line {number}: no pair of BLiMP ({error!r}); each line needs"
+                f" {', '.join(FIELDS)}"
+            ) from None
+    if not pairs:
+        raise bigs.UserError(f"{file}: there is no pair in it; give BLiMP's pairs")
     return pairs
 
 

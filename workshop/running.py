@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import optax
 
 import annotated_bigs as bigs
+from workshop import corpora
 
 # A run can be resumed with other values of these; they change nothing but rounding.
 FREE = (
@@ -82,6 +84,33 @@ def read_settings(directory: Path) -> dict[str, dict[str, Any]]:
             f"{file}: not the settings of a run ({error}); put back the file that was"
             " there, or choose another --output"
         ) from None
+
+
+def run_settings(run: Path) -> tuple[bigs.Config, bigs.Recipe]:
+    """Config and recipe of a run of `pretrain`; UserError if a folder holds none.
+
+    >>> run_settings(Path("no/such/run"))
+    Traceback (most recent call last):
+    annotated_bigs.UserError: run: no/such/run holds no run, run.json is missing
+    """
+    if not (run / "run.json").exists():
+        raise bigs.UserError(f"run: {run} holds no run, run.json is missing")
+    settings = read_settings(run)
+    try:
+        return bigs.Config(**settings["config"]), bigs.Recipe(**settings["recipe"])
+    except (KeyError, TypeError) as error:
+        raise bigs.UserError(f"run: {run} is no run of pretrain ({error!r})") from None
+
+
+def weights_of(model: bigs.BiGS) -> str:
+    """A name for the weights of a model; it changes when one of them does.
+
+    >>> model = bigs.BiGS(bigs.Config(50, 8, 1, 24, num_ssm=4))
+    >>> weights_of(model) == weights_of(model)
+    True
+    """
+    leaves = (np.asarray(leaf) for _, leaf in bigs.named_parameters(model))
+    return corpora.fingerprint(*(zlib.crc32(leaf.tobytes()) for leaf in leaves))
 
 
 def check_settings(directory: Path, settings: dict[str, dict[str, Any]]) -> None:
@@ -315,26 +344,22 @@ def check_checkpoints(directory: Path) -> None:
 
 
 def states_of(run: Path, every: bool = False) -> Iterator[tuple[int, bigs.BiGS]]:
-    """(step, model) at the last checkpoint of a run; of every one that was kept, with
-    the start, if asked.
+    """(step, model) at the last checkpoint of a run; of every one that was kept, and
+    of a fresh start, if asked.
 
     >>> next(states_of(Path("no/such/run")))
     Traceback (most recent call last):
     annotated_bigs.UserError: run: no/such/run holds no run, run.json is missing
     """
-    if not (run / "run.json").exists():
-        raise bigs.UserError(f"run: {run} holds no run, run.json is missing")
-    settings = json.loads((run / "run.json").read_text())
-    state = bigs.fresh_state(
-        bigs.Config(**settings["config"]), bigs.Recipe(**settings["recipe"])
-    )
-    if every:
+    config, recipe = run_settings(run)
+    state = bigs.fresh_state(config, recipe)
+    if every and read_settings(run)["data"].get("start") is None:
         yield 0, state.model
     with checkpoints(run, read_only=True) as manager:
         if manager.latest_step() is None:
-            each = settings["recipe"]["save_every"]
             raise bigs.UserError(
-                f"run: {run} has no checkpoint yet; they come every {each} steps"
+                f"run: {run} has no checkpoint yet; they come every"
+                f" {recipe.save_every} steps"
             )
         for step in sorted(manager.all_steps()) if every else [manager.latest_step()]:
             yield step, restore(manager, state, step).model
@@ -516,10 +541,11 @@ def pretrain(
             f"batch: {recipe.batch} sequences cannot be shared by {len(jax.devices())}"
             " devices evenly"
         )
+    began = None if start is None else weights_of(start)
     settings = {
         "config": asdict(config),
         "recipe": asdict(recipe),
-        "data": {"text": data.identity},
+        "data": {"text": data.identity, "start": began},
     }
     if jax.process_index() == 0:
         check_checkpoints(directory)

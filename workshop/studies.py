@@ -1,7 +1,6 @@
 """What the comparisons of the story measure; their numbers lie in data/."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -46,23 +45,20 @@ def numbers_of(model: BiGS) -> dict[str, np.ndarray]:
 
 
 def way_of(run: Path) -> dict[str, np.ndarray]:
-    """Kernels at the start of a run; and at every checkpoint that was kept the tokens
-    read, and `numbers_of` the model.
+    """Kernels at the start of a run, if that was a fresh model; there and at every
+    checkpoint that was kept the tokens read, and `numbers_of` the model.
     """
-    kept = json.loads((run / "run.json").read_text())
-    recipe = bigs.Recipe(**kept["recipe"])
+    _, recipe = running.run_settings(run)
     way = {}
-    start = None
+    kernels = {}
     for step, model in running.states_of(run, every=True):
-        if start is None:
-            start = bigs.kernels_of(model)
+        if step == 0:
+            kernels["start"] = bigs.kernels_of(model)
         numbers = numbers_of(model)
         numbers["tokens"] = np.asarray(step * recipe.batch * recipe.length)
         for name, value in numbers.items():
             way.setdefault(name, []).append(value)
-    arrays = {name: np.asarray(values) for name, values in way.items()}
-    arrays["start"] = start
-    return arrays
+    return kernels | {name: np.asarray(values) for name, values in way.items()}
 
 
 def shortened(model: BiGS, most: int) -> BiGS:
@@ -89,9 +85,12 @@ def shortened(model: BiGS, most: int) -> BiGS:
 
 def texts_of(text: str) -> list[str]:
     """The documents of a text."""
-    return [
-        document.text for part in corpora.parts_of(text) for document in part.read()
-    ]
+    parts = corpora.parts_of(text)
+    if any(part.is_shard for part in parts):
+        raise bigs.UserError(
+            f"heldout: {text} is of HDF5 shards, which hold no texts; give the texts"
+        )
+    return [document.text for part in parts for document in part.read()]
 
 
 def pieces_a_character(tokenizer, texts: list[str]) -> float:

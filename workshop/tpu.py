@@ -73,9 +73,7 @@ def layer_on_tpu(chip: str, route: str, L: int, tokens: int = 16384) -> dict[str
     )
     layer = place(jax.eval_shape(lambda: bigs.one_layer(config, nnx.Rngs(0))))
     compiled = (
-        jax.jit(benchmark.layer_program("layer, training", config))
-        .lower(layer, x)
-        .compile()
+        jax.jit(benchmark.layer_program("layer, training")).lower(layer, x).compile()
     )
     cost = compiled.cost_analysis()
     text = compiled.as_text()
