@@ -901,10 +901,10 @@ def show_toys():
 # $$ x'(t) = A\,x(t) + B\,u(t), \qquad y(t) = C\,x(t) + D\,u(t). \tag{1} $$
 #
 # $A$ says how the summary evolves when left alone, $B$ how the input is written into it, $C$ how an answer is read
-# out of it. $D$ lets the input through unchanged. A mass on a spring is a state space of two numbers, its position
-# and its speed; the input is a hand that pulls. Why a differential equation? It keeps two choices apart: what the
-# memory does, $A$, and how much time passes with each token, called $\Delta$ below. And the theory that says which
-# $A$ to begin with is stated in continuous time.
+# out of it. $D$ scales what bypasses the state. A mass on a spring is a state space of two numbers, its position and
+# its speed; the input is a hand that pulls. Why a differential equation? It keeps two choices apart: what the memory
+# does, $A$, and how much time passes with each token, called $\Delta$ below. And the theory that says which $A$ to
+# begin with is stated in continuous time.
 #
 # Text comes token by token. Let each last for a time $\Delta$, and hold its input constant for that long. Then (1) can
 # be solved exactly from one token to the next. This is the *zero-order hold*:
@@ -1086,11 +1086,11 @@ def show_memories():
 # %% [markdown]
 # ## 4. Diagonal state spaces
 #
-# A full matrix $A$ costs $N^2$ operations per token and channel. If it can be diagonalized, $A = S \Lambda S^{-1}$
-# with a diagonal $\Lambda$, the state $S^{-1} x$ obeys (1) with $\Lambda$, $S^{-1} B$ and $C S$, and gives the same
-# output. The entries $A_n$ of $\Lambda$ are complex in general. The $N$ components then evolve independently: each is
-# multiplied by $e^{\Delta A_n}$ at every token, which shrinks it (by the negative real part of $A_n$) and turns it in
-# the complex plane (by the imaginary part).
+# A full matrix $A$ costs $N^2$ multiplications per token and channel. If it can be diagonalized,
+# $A = S \Lambda S^{-1}$ with a diagonal $\Lambda$, the state $S^{-1} x$ obeys (1) with $\Lambda$, $S^{-1} B$ and
+# $C S$, and gives the same output. The entries $A_n$ of $\Lambda$ are complex in general. The $N$ components then
+# evolve independently: each is multiplied by $e^{\Delta A_n}$ at every token, which shrinks it (by the negative real
+# part of $A_n$) and turns it in the complex plane (by the imaginary part).
 #
 # S4D, the diagonal form of the structured state space model S4, starts from such an $A$, and BiGS builds on it. S4D
 # gives every channel an SSM of its own, while in BiGS all channels of a layer and direction share one; which is what
@@ -1260,9 +1260,9 @@ def draw_fades():
 # <details><summary>What is kept of HiPPO, and which matrix is added</summary>
 #
 # In HiPPO's derivation the matrix is divided by the time that has passed. S4 and its successors drop that factor,
-# which makes the memory fade exponentially: they keep the spectrum of $A$, not the optimality. With $p_n = \sqrt{n +
-# 1/2}$, the matrix $A + p\,p^\top$ is $-\tfrac12 I$ plus an antisymmetric matrix, which is normal. S4D's paper shows
-# that, with half of HiPPO's $B$, this has the same basis functions in the limit of many states.
+# which makes the memory fade exponentially. With $p_n = \sqrt{n + 1/2}$, the matrix $A + p\,p^\top$ is $-\tfrac12 I$
+# plus an antisymmetric matrix, which is normal. S4D's paper shows that, with half of HiPPO's $B$, this has the same
+# basis functions in the limit of many states.
 #
 # </details>
 
@@ -1295,8 +1295,8 @@ def s4d_hippo(N: int) -> Complex[np.ndarray, " N"]:
 # %% [markdown]
 # <details><summary>Two closed formulas that are used in its place</summary>
 #
-# *Inv* imitates HiPPO's spectrum, few fast poles and many slow ones, and *lin* spaces the frequencies evenly. With $n =
-# 0, \dots, N-1$, as in the authors' code,
+# *Inv* imitates these poles, few fast and many slow ones, and *lin* spaces the frequencies evenly. With
+# $n = 0, \dots, N-1$, as in the authors' code,
 #
 # $$ A_n^{\text{lin}} = -\tfrac12 + i \pi n, \qquad
 #    A_n^{\text{inv}} = -\tfrac12 + i\, \frac{N}{\pi}\left(\frac{N}{2n+1} - 1\right). \tag{6} $$
@@ -1359,11 +1359,7 @@ class SSM(nnx.Module):
     """
 
     def __init__(self, N: int, scaling: str, rngs: nnx.Rngs):
-        if scaling not in SCALINGS:
-            raise UserError(
-                f"scaling: {scaling!r} is unknown; choose one of {', '.join(SCALINGS)}"
-            )
-        A = SCALINGS[scaling](N)
+        A = choose(SCALINGS, "scaling", scaling)(N)
         self.A_re = nnx.Param(jnp.asarray(A.real, jnp.float32))
         self.A_im = nnx.Param(jnp.asarray(A.imag, jnp.float32))
         self.C = nnx.Param(np.sqrt(0.5) * jax.random.normal(rngs.params(), (N, 2)))
@@ -1393,9 +1389,9 @@ class SSM(nnx.Module):
         " spaced frequencies, the others crowd at low ones."
     ),
     caption=(
-        "The six slowest basis functions of each initialization (of 64), over a hundred"
-        " tokens at step size 0.05. All fade at the same rate at the start; only"
-        " frequencies differ. Drawn by bases_figure."
+        "The six slowest of each initialization's 64 poles with Im A >= 0, over a"
+        " hundred tokens at step size 0.05. All fade at the same rate; only frequencies"
+        " differ. Drawn by bases_figure."
     ),
 )
 def bases_figure():
@@ -1419,9 +1415,6 @@ def bases_figure():
 def draw_bases():
     show(bases_figure)
 
-
-# %% [markdown]
-# What is left to do is to slide such a kernel over the sentence.
 
 # %% [markdown]
 # **Exercises**
@@ -1624,19 +1617,17 @@ def draw_triangles():
 # <details><summary>How blocks work</summary>
 #
 # Look at the picture again and cut each triangle into blocks of $Q$ tokens. On the diagonal stand small Toeplitz
-# matrices, all the same. A block below the diagonal connects tokens of two different blocks. The state between them holds
-# $N$ complex numbers, which are $2N$ real ones, so such a block, of whatever size, has rank $2N$ at most; as long as the
-# poles come in conjugate pairs, as HiPPO's do at the start, at most $N$. Such a matrix is called *semiseparable*. Low rank
-# means two thin products instead of a thick one: write into the state, read from it. With $h_c$ the state on entering
-# block $c$,
+# matrices, all the same. A block below the diagonal connects tokens of two different blocks. The state between them
+# holds $N$ complex numbers, which are $2N$ real ones, so such a block, of whatever size, has rank $2N$ at most; as
+# long as the poles come in conjugate pairs, as HiPPO's do at the start, at most $N$. Low rank means two thin products
+# instead of a thick one: write into the state, read from it. With $h_c$ the state on entering block $c$,
 #
 # $$ y_{cQ+i} = \sum_{j \le i} K_{i-j}\,u_{cQ+j} + \operatorname{Re} \sum_n C_n \bar A_n^{\,i+1} h_{c,n},
 #    \qquad h_{c+1} = \bar A^{\,Q} h_c + \sum_j \bar A^{\,Q-1-j} \bar B\,u_{cQ+j}. \tag{8} $$
 #
-# The first sum is (7) inside a block, the second is what the past left behind. A complex number is a pair of real
-# ones here, so a block needs products of real matrices of width $d$ only. Backward, the places inside a block and the
-# blocks themselves are counted from the end. From block to block this is a recurrence like (2), with one update for
-# $Q$ tokens. `convolve_blocks` writes, carries, and then convolves and reads as one product. ([The fast
+# The first sum is (7) inside a block, the second is what the past left behind. Backward, the places inside a block
+# and the blocks themselves are counted from the end. From block to block this is a recurrence like (2), with one
+# update for $Q$ tokens. `convolve_blocks` writes, carries, and then convolves and reads as one product. ([The fast
 # form](#the-same-step-fast) carries up to 64<!-- = FEW_BLOCKS --> blocks by a product with a small triangular
 # matrix.)
 #
@@ -1709,7 +1700,7 @@ def convolve_blocks(
     past: bool = True,
     carry: Callable = carry_states,
 ) -> Float[Array, "*batch L d"]:
-    """K * u + D u by equation (8), from only `block` samples of the kernel; linear in
+    """(7) plus D u by equation (8), from only `block` samples of the kernel; linear in
     L.
 
     It equals the full convolution, whether or not the block divides the length:
@@ -1719,7 +1710,7 @@ def convolve_blocks(
     >>> full = convolve_direct(u, ssm_kernel(ssm, 30).at[0].add(ssm.D))
     >>> [
     ...     bool(jnp.allclose(convolve_blocks(u, ssm, Q), full, atol=1e-4))
-    ...     for Q in (7, 64)
+    ...     for Q in (7, 10)
     ... ]
     [True, True]
     """
@@ -1732,11 +1723,11 @@ def convolve_blocks(
         return jnp.einsum("ij,...jd->...id", T, u)
 
     padding = [(0, 0)] * len(batch) + [(0, blocks * Q - L), (0, 0)]
-    x = jnp.pad(u, padding).reshape(*batch, blocks, Q, d)
-    written = jnp.einsum("nj,...jd->...nd", write, x)
+    u = jnp.pad(u, padding).reshape(*batch, blocks, Q, d)
+    written = jnp.einsum("nj,...jd->...nd", write, u)
     h = carry(written, unwind(Q * unwind(ssm.dt * ssm.A)), past)
     both = jnp.concatenate([T, read], axis=1)
-    y = jnp.einsum("ij,...jd->...id", both, jnp.concatenate([x, h], axis=-2))
+    y = jnp.einsum("ij,...jd->...id", both, jnp.concatenate([u, h], axis=-2))
     return y.reshape(*batch, blocks * Q, d)[..., :L, :]
 
 
@@ -1773,9 +1764,9 @@ def convolution_operations(algorithm: str, L: int, N: int = 64, Q: int = 256) ->
 
 
 # %% [markdown]
-# The FFT does by far the fewest. But an operation inside a matrix product costs a fraction of one outside; and at
-# $d = 1024$ a layer's dense matrices, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 * 2 * 1024 --> operations for
-# each channel and token, at 4096 tokens more than any of these. So we time the training of one layer, relative to a
+# At 4096 tokens the FFT does by far the fewest. But an operation inside a matrix product costs a fraction of one
+# outside; and at $d = 1024$ a layer's dense matrices, $13 d^2$ weights, do $26 d$ = 26,624<!-- = 13 * 2 * 1024 -->
+# operations for each channel and token, more than any of these. So we time the training of one layer, relative to a
 # layer without *routing*, whose tokens do not read one another. *Attention* is a whole BERT layer. CPU times vary by
 # several per cent, those of a TPU are an estimate of its compiler ([the
 # appendix](#appendix-b-how-close-to-the-hardware) has both):
@@ -1842,7 +1833,7 @@ def convolve(
     past: bool = True,
     algorithm: str = "auto",
 ) -> Float[Array, "*batch L d"]:
-    """K * u + D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512
+    """(7) plus D u by "fft", "toeplitz", "blocks", or "auto": the matrix up to 512
     tokens, then blocks.
 
     >>> ssm = SSM(64, "inv", nnx.Rngs(2)).diagonal()
@@ -1907,7 +1898,7 @@ def convolve(
 # %% [markdown]
 # ## 6. Gating
 #
-# How can a layer react to words that its kernels do not look at? A convolution gathers with the same weights whatever
+# How can a layer react to words when its kernels ignore them? A convolution gathers with the same weights whatever
 # the words are. BiGS lets two streams meet by multiplication: a channel of the one can switch a channel of the other
 # on or off, token by token. Such a product is called a *gate*.
 #
@@ -1993,7 +1984,7 @@ class Config:
             "pooler_type": ("non_padding_mean", "mean", "cls"),
             "block": dict.fromkeys(block for block, _ in LAYERS),
             "routing": dict.fromkeys(routing for _, routing in LAYERS),
-            "convolution": ("auto", "fft", "toeplitz", "blocks"),
+            "convolution": ALGORITHMS,
             "dtype": ("float32", "bfloat16"),
         }
         for field, allowed in choices.items():
@@ -2103,8 +2094,8 @@ def direction(config: Config, past: bool, rngs: nnx.Rngs) -> Direction | NoRouti
 
 # %%
 class GatedLayer(nnx.Module):
-    """x + O of equation (9), after a LayerNorm. Change the word at 2, and the output
-    changes everywhere:
+    """x + O of equation (9), with X = LayerNorm(x). Change the word at 2, and the
+    output changes everywhere:
 
     >>> shape = Config(hidden_size=8, intermediate_size=24, initializer_range=0.5)
     >>> layer = GatedLayer(shape, nnx.Rngs(0))
@@ -2227,8 +2218,8 @@ class StackLayer(nnx.Module):
 
     def route(self, h, mask):
         """What each token gathers from the others, (batch, L, d)."""
-        past = self.W_k(self.forward(self.W_q(h), mask))
-        return self.W_o(self.backward(self.W_v(past), mask))
+        left = self.W_k(self.forward(self.W_q(h), mask))
+        return self.W_o(self.backward(self.W_v(left), mask))
 
     def feed(self, h):
         """The feed-forward block, on each token alone."""
@@ -2359,7 +2350,7 @@ def one_layer(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 
 # %% [markdown]
-# Both with SSMs, the stacked one with `pre_norm=False`, as BERT:
+# Both layers with SSMs, the stacked one as in BERT (`pre_norm=False`):
 
 # %% tags=["appendix"]
 MIXING = "#cfe2f3"  # mixes tokens
@@ -2611,8 +2602,8 @@ class Encoder(nnx.Module):
 
 
 # %% [markdown]
-# The same encoder serves five tasks, whose classes keep the published names. The masked-LM head ties its output to the
-# word embeddings.
+# The same encoder serves five tasks, named in `TASKS` as published. The masked-LM head ties its output to the word
+# embeddings.
 
 
 # %%
@@ -2674,8 +2665,8 @@ def pool(
 
 # %%
 class LabelHead(nnx.Module):
-    """Dropout and one dense layer; for tasks on a whole text, after pooling, a dense
-    layer and a tanh.
+    """For tasks on a whole text pooling, a dense layer and a tanh; then dropout and a
+    dense layer.
 
     >>> head = LabelHead(Config(hidden_size=4), "sequence_classification", nnx.Rngs(0))
     >>> head(jnp.ones((2, 5, 4)), jnp.ones((2, 5), bool), None).shape
@@ -2719,7 +2710,7 @@ TASKS = {
 
 
 def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
-    """The shape of tokens, if they are some that the model can read.
+    """The shape of tokens, if the model can read them.
 
     >>> check_ids(np.array([[3, 50]]), Config(vocab_size=50), 2)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -2739,11 +2730,12 @@ def check_ids(input_ids: Any, config: Config, axes: int) -> tuple[int, ...]:
         )
     if isinstance(input_ids, jax.core.Tracer):  # has no values yet
         return shape
-    word = np.max(input_ids, initial=0)
-    if word >= config.vocab_size:
+    ids = np.asarray(input_ids)
+    unknown = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if unknown.size:
         raise UserError(
-            f"input_ids: {word} is none of this model's {config.vocab_size} words; use"
-            " its own tokenizer"
+            f"input_ids: {unknown[0]} is none of this model's {config.vocab_size}"
+            " words; use its own tokenizer"
         )
     return shape
 
@@ -2769,10 +2761,7 @@ class BiGS(nnx.Module):
     def __init__(
         self, config: Config, task: str = "masked_lm", seed: int | jax.Array = 0
     ):
-        if task not in TASKS:
-            raise UserError(
-                f"task: {task!r} is unknown; choose one of {', '.join(TASKS)}"
-            )
+        choose(TASKS, "task", task)
         rngs = nnx.Rngs(seed)
         self.config = config
         self.task = task
@@ -2973,10 +2962,8 @@ def operations(config: Config, L: int, convolution: str = "fft") -> float:
     """Operations of the encoder's layers for one text of L tokens, forward, by an
     algorithm of section 5.
 
-    >>> [f"{operations(large, L):.1e}" for L in (128, 512, 1024, 4096)]
-    ['8.1e+10', '3.2e+11', '6.5e+11', '2.6e+12']
-    >>> [f"{operations(bert, L):.1e}" for L in (128, 512, 1024, 4096)]
-    ['7.9e+10', '3.4e+11', '7.2e+11', '4.1e+12']
+    >>> f"{operations(large, 4096):.1e}", f"{operations(bert, 4096):.1e}"
+    ('2.6e+12', '4.1e+12')
     """
     d = config.hidden_size
     wide = config.intermediate_size
@@ -3131,9 +3118,9 @@ def published_tree(model: BiGS, compact: bool = False) -> dict[str, np.ndarray]:
 
 # %% [markdown]
 # The weights file that is written equals, array for array, the one that the authors' code wrote
-# (`tests/test_published.py`); our own fields go into `config.json` beside theirs. Weights, config and tokenizer
-# replace those of another model together, or not at all. A `compact` file keeps matrices and embeddings in
-# bfloat16, half the size; only we read it, since the authors' code expects float32.
+# (`tests/test_published.py`); our own fields go into `config.json` beside theirs. Weights, config and, if given,
+# tokenizer replace earlier ones together, or not at all. A `compact` file keeps matrices and embeddings in bfloat16,
+# half the size; only we read it, since the authors' code expects float32.
 
 # %%
 OLDER = ("added_tokens.json", "special_tokens_map.json")  # earlier tokenizers' files
@@ -3218,10 +3205,9 @@ def read_config(folder: Path) -> tuple[Config, str | None]:
 
 
 # %% [markdown]
-# The weights themselves are read as msgpack or as [safetensors](https://huggingface.co/docs/safetensors),
-# where the names of a tree are joined by dots, as Flax models on the hub have them, or by slashes. Both
-# formats hold numbers only. A PyTorch file is a pickle: reading it can run any program that someone has put
-# into it, so it is refused.
+# The weights themselves are read as msgpack or as [safetensors](https://huggingface.co/docs/safetensors), where the
+# names of a tree are joined by dots, as Flax models on the hub have them, or by slashes. Both formats hold data only.
+# A PyTorch file is a pickle: reading it can run any program that someone has put into it, so it is refused.
 
 
 # %%
@@ -3317,24 +3303,24 @@ def from_pretrained(
         (name.removesuffix(words) for name in tree if name.endswith(words)), "s4_bert/"
     )
 
-    def head(name):
+    def first_part(name):
         return name.removeprefix(root).split("/")[0]
 
-    found = {head(name) for name in tree} - (
+    found = {first_part(name) for name in tree} - (
         {"classifier"} if own_task not in (None, model.task) else set()
     )
     for path, leaf in named_parameters(model):
         names = published_names(path, model, root)
-        if path[0] == "head" and head(names[0]) not in found:
+        if path[0] == "head" and first_part(names[0]) not in found:
             missing += names
         else:
             arrays = [
                 take(tree, name, leaf.shape["layers" in path :], file) for name in names
             ]
             values[path] = np.stack(arrays) if "layers" in path else arrays[0]
-    own = {head(published_names(path, model, root)[0]) for path in values}
-    others = {"cls", "pooler", "classifier", "qa_outputs"} - own
-    surplus = [name for name in tree if head(name) not in others]
+    used = {first_part(published_names(path, model, root)[0]) for path in values}
+    others = {"cls", "pooler", "classifier", "qa_outputs"} - used
+    surplus = [name for name in tree if first_part(name) not in others]
     if surplus:
         raise UserError(
             f"{file}: parameters that config.json has no place for:"
@@ -3532,7 +3518,7 @@ SAYINGS = (
 
 
 def guessed(word: str, text: str) -> float:
-    """The probability, in percent, that the model in the box gives to a word.
+    """The percentage that the model in the box gives to a word; 0 outside its top five.
 
     >>> guessed("ocean", "The river flows into the Atlantic [MASK].") > 50
     True
@@ -3558,8 +3544,8 @@ def fill_some():
 # %% [markdown]
 # It knows how sentences go: one opens a door or a room, the Atlantic is an ocean, and a boy and a girl are children,
 # or sons and daughters. Of the world it knows little: people are born in a city, likeliest in London. Paris is among
-# its guesses for the capital of France, but *there* is likelier. Where two halves of a sentence have to be compared,
-# days and nights, it has no idea.
+# its guesses for the capital of France, but *there* is likelier. That winter days are short, unlike the nights, it
+# does not see.
 #
 # With the hub in reach, `from_pretrained("JunxiongWang/BiGS_128")` should load one of theirs, and a command asks it:
 #
@@ -3617,8 +3603,8 @@ class Document(NamedTuple):
 
 # %% tags=["appendix"]
 def docstrings(package: str) -> Iterator[Document]:
-    """Every documentation string of an installed package, module by module, read but
-    not imported.
+    """Documentation strings of an installed package, without its tests, module by
+    module; nothing is imported.
 
     >>> next(docstrings("json")).module
     'json/__init__.py'
@@ -3676,7 +3662,7 @@ MARKS = re.compile(
 
 
 def prose(docstring: str) -> Iterator[str]:
-    """The sentences of a documentation string, one paragraph at a time.
+    """The paragraphs of a documentation string that are prose.
 
     >>> text = (
     ...     "Return the ``sum`` of two numbers.\\n\\nParameters\\n----------\\na : int"
@@ -3705,13 +3691,13 @@ def prose(docstring: str) -> Iterator[str]:
         text = " ".join(
             MARKS.sub(lambda m: m[1] or m[2] or m[3] or "", paragraph).split()
         )
-        sentence = (
+        is_sentence = (
             re.match(r"[A-Z\"'(]", text)
             and text.endswith((".", "!", "?"))
             and not LISTS.match(text)
         )
-        words = len(re.sub("[^A-Za-z ,.']", "", text)) > 0.93 * len(text)
-        if sentence and words and len(text.split()) >= 5:
+        is_words = len(re.sub("[^A-Za-z ,.']", "", text)) > 0.93 * len(text)
+        if is_sentence and is_words and len(text.split()) >= 5:
             yield text
 
 
@@ -3774,7 +3760,7 @@ def is_heldout(module: str) -> bool:
 
 @functools.cache
 def embedded_english() -> Corpus:
-    """Prose from the documentation strings of PACKAGES, split by module; gathered in
+    """Prose from the documentation strings of PACKAGES, split by module; tested in
     `tests/test_text.py`.
     """
     documents = without_repeats(d for package in PACKAGES for d in docstrings(package))
@@ -4006,9 +3992,9 @@ def pack(texts: list[str], tokenizer, L: int) -> Int[np.ndarray, "rows L"]:
 # %% [markdown]
 # ### Masking
 #
-# The task is BERT's. In every row 15 % of the tokens are chosen (our own recipe takes 30 %), 19 of 128, but never a
-# special one. Of the chosen tokens, 80 % become [MASK], 10 % become a random word piece of the whole vocabulary, and
-# 10 % stay as they are. The model has to give the original of all of them.
+# The task is BERT's. In every row 15 % of the tokens are chosen (our own recipe takes 30 %), 19 of 128, but never
+# [CLS] or [SEP]. Of the chosen tokens, 80 % become [MASK], 10 % become a random word piece of the whole vocabulary,
+# and 10 % stay as they are. The model has to give the original of all of them.
 
 
 # %%
@@ -4154,10 +4140,10 @@ def batch_at(
     ]
     numbers = np.array([row for _, row in chosen])
     L = rows.tokens[numbers[:1]].shape[1]
-    dice = [
+    random = [
         random_numbers(seed, e % masks if masks else e, row, L) for e, row in chosen
     ]
-    return mask_tokens(rows, numbers, np.stack(dice), share)
+    return mask_tokens(rows, numbers, np.stack(random), share)
 
 
 # %% [markdown]
@@ -4189,7 +4175,7 @@ def rows_for(tokenizer, tokens: Any) -> Rows:
 
 
 def fixed_batches(rows: Rows, count: int = 256, batch: int = 64) -> list[Batch]:
-    """Whole batches of at most `count` rows, masked once for all.
+    """At most `count` rows, in whole batches, masked once for all.
 
     >>> rows = Rows(np.arange(5, 5 + 70 * 8).reshape(70, 8), 1000, 4, (0, 2, 3))
     >>> [batch.labels.shape for batch in fixed_batches(rows, 64, 32)]
@@ -4359,8 +4345,8 @@ MAY_BE_ZERO = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to pretrain: `length` in tokens, rates per step of AdamW. Numbers without
-    sense are refused.
+    """How to pretrain: `length` in tokens, rates per step. Numbers without sense
+    are refused.
 
     >>> Recipe(steps=0)
     Traceback (most recent call last):
@@ -4437,11 +4423,11 @@ def configured(config: Config, recipe: Recipe) -> Config:
 # <details><summary>The paper's longer runs, and its way in small</summary>
 #
 # The paper's three lengths of training are given in tokens: 11, 29 and 97 billion. Our recipes `short`, `medium` and
-# `full` derive their steps from them, with the batch of the documented run; that the authors took the same batch is not
-# known. By the paper's appendix A.1 they went on for 10,000 steps with texts of 512, 53,248 tokens a batch, half a
-# billion in all, and `longer` is that. (Yet their published model for 512 is said to have read 108 billion tokens,
-# eleven more than `full`; how it was trained is not known.) `documented-small` is their way on two CPU cores, hours
-# long.
+# `full` derive their steps from them, with the batch of the documented run; that the authors took the same batch is
+# not known. By the paper's appendix A.1 they went on for 10,000 steps with texts of 512, 53,248 tokens a batch, half
+# a billion in all, and `longer` is that. (Yet their published model for 512 is said to have read 108 billion tokens,
+# eleven more than `full`; how it was trained is not known.) `documented-small` is their way on two CPU cores,
+# 72<!-- = RECIPES["documented-small"].steps * step_seconds("documented-small") / 60 --> minutes long.
 #
 # </details>
 #
@@ -4456,12 +4442,12 @@ def configured(config: Config, recipe: Recipe) -> Config:
 #
 # <details><summary>Muon, decay, and the other recipes</summary>
 #
-# Where AdamW scales each entry of a matrix by itself, Muon (Jordan et al., 2024) takes the running average of a whole
-# matrix's gradient, makes its singular values equal, and steps by that, so that weak directions count as much as
-# strong ones. Decay would pull `log_step` towards a step of one, and `A_re` towards poles that never fade. Dropout
-# made the loss of a short run slightly worse. `demonstration` and `quarter-hour` are short runs of `annotated`, the
-# one for two CPU cores, the other for an accelerator. `boxed` trained the model that comes with this document, on a
-# GPU, in larger batches and at higher rates (those of the SSMs doubled).
+# Where AdamW scales each entry alone, Muon (Jordan et al., 2024) takes the running average of a matrix's gradient,
+# makes its singular values nearly equal, and steps by that, so that weak directions count as much as strong ones.
+# Decay would pull `log_step` towards a step of one, and `A_re` towards poles that hardly fade. Dropout made the loss
+# of a short run slightly worse. `demonstration` and `quarter-hour` are short runs of `annotated`, the one for two CPU
+# cores, the other for an accelerator. `boxed` trained the model that comes with this document, on a GPU, in larger
+# batches and at higher rates (the SSMs' twice AdamW's).
 #
 # </details>
 
@@ -4600,7 +4586,7 @@ def is_decayed(path: tuple, ssm_decay: bool) -> bool:
 
 
 def is_matrix(path: tuple) -> bool:
-    """Whether a pytree path leads to the matrices of a dense layer of all layers.
+    """Whether a pytree path leads to a dense layer's matrices, stacked over the layers.
 
     >>> model = BiGS(Config(50, 8, 2, 24, num_ssm=4))
     >>> paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
@@ -4704,9 +4690,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 # %% [markdown]
 # ## 11. One step on many chips
 #
-# What changes when one device becomes eight? Nothing in the model. The batch is split among the devices of a
-# mesh, the parameters are copied to each, and the compiler inserts the sum of the gradients. All we say is
-# where arrays lie.
+# What changes when one device becomes eight? Nothing in the model. The batch is split among the devices, the
+# parameters are copied to each, and the compiler inserts the sum of the gradients. All we say is where arrays lie.
 
 
 # %%
@@ -4785,9 +4770,9 @@ def fresh_state(config: Config, recipe: Recipe, start: BiGS | None = None) -> St
 # %% [markdown]
 # A batch that is too large for the memory can be computed in parts. The loss (10) is a mean over the masked
 # positions, so each part is weighted by its share of them, and the weighted gradients add up to that of the whole.
-# Each part takes every $k$-th row, so that no row has to leave its device if $k$ divides what a device holds. Batches
-# are counted over all devices. One device takes the documented batch with `--accumulate 8`; sixteen cannot share it
-# evenly, and the command `pretrain` refuses.
+# With $k$ parts, each takes every $k$-th row, so that no row has to leave its device if $k$ divides what a device
+# holds. Batches are counted over all devices. One device takes the documented batch with `--accumulate 8`; sixteen
+# cannot share it evenly, and the command `pretrain` refuses.
 
 
 # %%
@@ -4901,10 +4886,10 @@ def on_devices(batch: Batch, size: int) -> Batch:
 # %% [markdown]
 # ### The same step, fast
 #
-# This section, which you can skip, computes the same loss, over the same modules, in the way that suits the hardware;
-# [the appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. What follows passes `fast_loss`
-# and `encode_at` where `batch_loss` and the encoder itself would do, and `tests/test_fast.py` holds values and
-# gradients equal for every kind of layer.
+# This section, which you can skip, computes the same loss in the way that suits the hardware; [the
+# appendix](#appendix-b-how-close-to-the-hardware) says what each change gains. Later sections pass `fast_loss` and
+# `encode_at` where `batch_loss` and the encoder itself would do; `tests/test_fast.py` holds values and gradients
+# equal up to rounding, for every kind of layer.
 #
 # Arrays are *time first*, $(L, \text{batch}, d)$. On a CPU that is a matrix with one row a token, which dense layers
 # want, and also one with $\text{batch} \cdot d$ columns, which the convolution wants, and neither costs a
@@ -4929,7 +4914,7 @@ def dense(W: nnx.Linear, x: Float[AnyArray, "L batch d"]) -> Float[Array, "L bat
 
 
 # %% [markdown]
-# The recurrence of (8) is (7) once more, one pole at a time, with blocks for tokens. So the states of few blocks are
+# Unrolled, the recurrence of (8) is a convolution over blocks, one for each pole. So the states of few blocks are
 # carried by a product with a small triangular matrix.
 
 
@@ -5319,7 +5304,7 @@ def batches(rows: Rows, recipe: Recipe, first: int) -> Iterator[tuple[int, Batch
 
 # %% [markdown]
 # Every batch is a function of the seed and the step, and so is dropout. So a run that is resumed from a state is, to
-# the bit, the run that was never interrupted. The docstring shows it.
+# the bit, the run that was never interrupted.
 
 
 # %%
@@ -5529,7 +5514,7 @@ def draw_loss():
 # A model has been trained from scratch, in minutes. Its held-out loss has fallen by 4.9<!-- =
 # results()["history"][0]["heldout"] - results()["history"][-1]["heldout"] --> nats, to 4.2<!-- =
 # results()["history"][-1]["heldout"] -->. With word frequencies alone it would be 6.5<!-- = results()["frequencies"]
-# -->; the rest comes from what it reads.
+# -->; the rest comes from the text itself.
 #
 # <details><summary>Longer runs, and what happens when things go wrong</summary>
 #
@@ -5546,10 +5531,10 @@ def draw_loss():
 # lies on a disk that all of them see. `export` takes the model out of a run that has not finished, and `figures --runs
 # runs/a runs/b` draws the losses of several runs beside each other.
 #
-# Tests cover what happens when things go wrong. A run that is killed at ten random moments, and resumed each time, ends
-# with the same parameters to the bit (`tests/test_recovery.py`). On a stop signal a run saves its state and exits. A
-# full disk, a damaged checkpoint, a second process in the same folder, a loss that is not finite: the last good state
-# stays, and one line says what to do.
+# Tests cover what happens when things go wrong. A run killed ten times, also while it saves, and resumed each time,
+# ends with the same parameters to the bit (`tests/test_recovery.py`). On a stop signal a run saves its state and
+# exits. A full disk, a damaged checkpoint, a second process in the same folder, a loss that is not finite: the last
+# good state stays, and one line says what to do.
 #
 # </details>
 
@@ -5560,7 +5545,7 @@ def draw_loss():
 #
 #    <details><summary>Answer</summary>
 #
-#    At most the steps since the last checkpoint, on average half of `RECIPES["documented"].save_every == 1000`. That is
+#    The steps since the last checkpoint, on average half of `RECIPES["documented"].save_every == 1000`. That is
 #    67<!-- = 500 * 1048 * 128 / 1e6 --> million tokens, or half a percent of the run. One that gets a signal to stop
 #    loses nothing.
 #
@@ -6086,7 +6071,7 @@ def finetune(
                     f"learning_rate: {tuning.learning_rate} is too large, parameters"
                     " are not finite"
                 )
-            scores.append(score(model) if score else epoch)
+            scores.append(score(model) if score else 0.0)
             if scores[-1] == max(scores):
                 best = jax.tree.map(jnp.copy, model)
     return Tuned(model, best, scores)
@@ -6260,7 +6245,7 @@ AUTHORS = {
 
 
 def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
-    """A table of `summary`s: best and last evaluation, mean and standard deviation over
+    """A table of tasks: best and last evaluation, mean and standard deviation over
     seeds, times 100; and how far the first variant's best is ahead, with a 95 %
     interval over the examples.
 
@@ -6530,10 +6515,10 @@ def contrast(ours: dict[int, float], theirs: dict[int, float]) -> Contrast:
     return Contrast(differences, mean, half, float(test.pvalue))
 
 
-def rival(arm: str, study: str = "gates", over: str = "gated SSM") -> Contrast:
+def loss_above(arm: str, study: str = "gates", over: str = "gated SSM") -> Contrast:
     """How far the held-out loss of an architecture is above that of another.
 
-    >>> len(rival("sum for product").differences) > 1
+    >>> len(loss_above("sum for product").differences) > 1
     True
     """
     losses = by_seed(runs_of(study))
@@ -6633,9 +6618,9 @@ def gates_figure():
 # The table gives means over seeds, and how far each rival is above the gated SSM over the seeds that both have, with
 # a 95 % interval. A small first $p$ (corrected) shows a difference, a small last one (not corrected) that both lie
 # within 0.03 nats of each other; the last one is small for none. To be seen by five seeds, even without the
-# correction, a measured difference has to be larger than half of such an interval: 0.02<!-- = rival("no
-# product").half --> nats where the differences vary least (*no product*), 0.05<!-- = rival("sum for product").half
-# --> where they vary most among the SSMs (the sum).
+# correction, a measured difference has to be larger than half of such an interval: 0.02<!-- = loss_above("no
+# product").half --> nats where the differences vary least (*no product*), 0.05<!-- = loss_above("sum for
+# product").half --> where they vary most among the SSMs (the sum).
 
 
 # %% tags=["appendix"]
@@ -6709,28 +6694,29 @@ def show_gates():
 
 # %% [markdown]
 # We expected each product that is taken away to cost something; after 10 million tokens none was seen to. The layer
-# without any product ends 0.11<!-- = -rival("no product").mean --> nats *below* the gated SSM, give or take
-# 0.02<!-- = rival("no product").half -->, and lower with every seed.<!-- if (rival("no product").differences <
-# 0).all() --> Without $V$ alone the loss is 0.08<!-- = -rival("without V").mean --> lower, give or take 0.03<!-- =
-# rival("without V").half -->: the same number of parameters is worth more in wider $W_u$ and $W_o$. *No product* has
-# these, too, and most of its gain may come from there. The sum ends 0.03<!-- = -rival("sum for product").mean -->
-# lower: neither a difference nor equality is shown.
+# without any product ends 0.11<!-- = -loss_above("no product").mean --> nats *below* the gated SSM, give or take
+# 0.02<!-- = loss_above("no product").half -->, and lower with every seed.<!-- if (loss_above("no
+# product").differences < 0).all() --> Without $V$ alone the loss is 0.08<!-- = -loss_above("without V").mean -->
+# lower, give or take 0.03<!-- = loss_above("without V").half -->: the same number of parameters is worth more in
+# wider $W_u$ and $W_o$. *No product* has these, too, and most of its gain may come from there. The sum ends
+# 0.03<!-- = -loss_above("sum for product").mean --> lower: neither a difference nor equality is shown.
 #
-# The stacked SSM has no products either. It ends 0.04<!-- = rival("stacked SSM, GELU").mean --> nats above the gated
-# one (give or take 0.05<!-- = rival("stacked SSM, GELU").half -->: no difference is shown), but
-# 0.14<!-- = rival("stacked SSM, GELU", over="no product").mean --> above the layer without products (give or take
-# 0.05<!-- = rival("stacked SSM, GELU", over="no product").half -->; compared afterwards, uncorrected). Those two
+# The stacked SSM has no products either. It ends 0.04<!-- = loss_above("stacked SSM, GELU").mean --> nats above the
+# gated one (give or take 0.05<!-- = loss_above("stacked SSM, GELU").half -->: no difference is shown), but 0.14<!-- =
+# loss_above("stacked SSM, GELU", over="no product").mean --> above the layer without products (give or take
+# 0.05<!-- = loss_above("stacked SSM, GELU", over="no product").half -->; compared afterwards, uncorrected). Those two
 # differ in the rest of the layer: in the stacked one the second SSM reads what the first puts out, and a feed-forward
 # block with a residual of its own follows. So a comparison of gated with stacked layers, the paper's too, changes two
 # things at once. Here, if anything, the form speaks for the gated layer, and its gates do not. (Without its GELUs the
-# stacked SSM ends another 0.13<!-- = rival("stacked SSM", over="stacked SSM, GELU").mean --> higher, by one seed.)
+# stacked SSM ends another 0.13<!-- = loss_above("stacked SSM", over="stacked SSM, GELU").mean --> higher, by one
+# seed.)
 #
-# Attention ends 2.1<!-- = rival("stacked attention").mean --> nats higher, give or take 0.07<!-- = rival("stacked
-# attention").half -->. It has hardly begun to look at other words: without any routing the loss ends at
-# 6.30<!-- = by_seed(runs_of("gates"))["no routing"][0] -->, only 0.3<!-- = rival("no routing", over="stacked
-# attention").mean --> higher with the same seed. In gated layers it begins sooner and ends 0.5<!-- = rival("stacked
-# attention", over="gated attention").mean --> below stacked attention, again with one seed. The recipe was found with
-# the gated SSM and may not suit either.
+# Attention ends 2.1<!-- = loss_above("stacked attention").mean --> nats higher, give or take 0.07<!-- =
+# loss_above("stacked attention").half -->. It has hardly begun to look at other words: without any routing the loss
+# ends at 6.30<!-- = by_seed(runs_of("gates"))["no routing"][0] -->, only 0.3<!-- = loss_above("no routing",
+# over="stacked attention").mean --> higher with the same seed. In gated layers it begins sooner and ends 0.5<!-- =
+# loss_above("stacked attention", over="gated attention").mean --> below stacked attention, again with one seed. The
+# recipe was found with the gated SSM and may not suit either.
 #
 # ### Longer runs
 #
@@ -6866,21 +6852,22 @@ def show_lengths():
 
 
 # %% [markdown]
-# They do not. The layer without products is 0.16<!-- = -above_gated(5, "no product") -->, 0.10<!-- = -above_gated(10,
-# "no product") --> and 0.01<!-- = -above_gated(20, "no product") --> nats below the gated one after 5, 10 and 20
-# million tokens, and 0.03<!-- = above_gated(40, "no product") --> above it after 40 million. With a second seed it is
-# 0.10<!-- = -above_gated(10, "no product", 1) --> and 0.03<!-- = -above_gated(20, "no product", 1) --> below it after
-# 10 and 20 million, and 0.01<!-- = above_gated(40, "no product", 1) --> above after 40. (Over five seeds after 10
-# million the standard deviation of this distance is 0.02<!-- = rival("no product").differences.std(ddof=1) -->.) It
-# learns faster at first, and the gated layer catches up; whether that one then gets ahead, two seeds do not tell. The
-# stacked SSM, which has no products either, goes the same way: 0.06<!-- = -above_gated(5, "stacked SSM, GELU") -->
-# nats below the gated one after 5 million tokens, and 0.04<!-- = above_gated(10, "stacked SSM, GELU") -->, 0.09<!-- =
-# above_gated(20, "stacked SSM, GELU") --> and 0.11<!-- = above_gated(40, "stacked SSM, GELU") --> above it after 10,
-# 20 and 40 million, when it is still 0.07<!-- = above_gated(40, "stacked SSM, GELU") - above_gated(40, "no product")
-# --> above the layer without products. So what 10 million tokens say against gates no longer holds at 20
-# million.<!-- if max(-above_gated(20, "no product"), -above_gated(20, "no product", 1)) < -rival("no product").mean -
-# rival("no product").half --> The paper's shortest runs read 275<!-- = 11e9 / by_length("gated SSM")[40]["tokens"]
-# --> times as many as our longest. (All ours have the learning rates that were best for 4 million tokens.)
+# One does not: the layer without products is 0.16<!-- = -above_gated(5, "no product") -->, 0.10<!-- =
+# -above_gated(10, "no product") --> and 0.01<!-- = -above_gated(20, "no product") --> nats below the gated one after
+# 5, 10 and 20 million tokens, and 0.03<!-- = above_gated(40, "no product") --> above it after 40 million. With a
+# second seed it is 0.10<!-- = -above_gated(10, "no product", 1) --> and 0.03<!-- = -above_gated(20, "no product", 1)
+# --> below it after 10 and 20 million, and 0.01<!-- = above_gated(40, "no product", 1) --> above after 40. (Over five
+# seeds after 10 million the standard deviation of this distance is 0.02<!-- = loss_above("no
+# product").differences.std(ddof=1) -->.) It learns faster at first, and the gated layer catches up; whether that one
+# then gets ahead, two seeds do not tell. The stacked SSM, which has no products either, goes the same way: 0.06<!-- =
+# -above_gated(5, "stacked SSM, GELU") --> nats below the gated one after 5 million tokens, and 0.04<!-- =
+# above_gated(10, "stacked SSM, GELU") -->, 0.09<!-- = above_gated(20, "stacked SSM, GELU") --> and 0.11<!-- =
+# above_gated(40, "stacked SSM, GELU") --> above it after 10, 20 and 40 million, when it is still 0.07<!-- =
+# above_gated(40, "stacked SSM, GELU") - above_gated(40, "no product") --> above the layer without products. So the
+# lead that *no product* has after 10 million tokens is gone after 20 million.<!-- if max(-above_gated(20, "no
+# product"), -above_gated(20, "no product", 1)) < -loss_above("no product").mean - loss_above("no product").half -->
+# The paper's shortest runs read 275<!-- = 11e9 / by_length("gated SSM")[40]["tokens"] --> times as many as our
+# longest. (All ours have the learning rates that were best for 4 million tokens.)
 #
 # Attention catches up. For eight million tokens of its longest run the loss stays above 6<!-- if by_length("stacked
 # attention")[40]["curve"][2][1] > 6 -->, and over the next four it falls by 1.6<!-- = by_length("stacked
@@ -6918,25 +6905,25 @@ def show_routings():
 
 
 # %% [markdown]
-# Frozen kernels cost from 0.42<!-- = rival("frozen SSM", "routings").differences.min() --> to 0.94<!-- =
-# rival("frozen SSM", "routings").differences.max() --> nats, too varied for a good estimate. Free kernels end
-# 0.22<!-- = rival("free kernels", "routings").mean --> above SSMs, give or take 0.15<!-- = rival("free kernels",
-# "routings").half -->. They start from zero, at a rate found for SSMs; either may be why. (With three seeds, neither
-# difference survives the correction for five contrasts.)
+# Frozen kernels cost from 0.42<!-- = loss_above("frozen SSM", "routings").differences.min() --> to 0.94<!-- =
+# loss_above("frozen SSM", "routings").differences.max() --> nats, too varied for a good estimate. Free kernels end
+# 0.22<!-- = loss_above("free kernels", "routings").mean --> above SSMs, give or take 0.15<!-- = loss_above("free
+# kernels", "routings").half -->. They start from zero, at a rate found for SSMs; either may be why. (With three
+# seeds, neither difference survives the correction for five contrasts.)
 #
-# An SSM for each channel has an eighth more parameters and shows no gain<!-- if rival("an SSM a channel",
-# "routings").mean + rival("an SSM a channel", "routings").half > 0 --> (0.01<!-- = -rival("an SSM a channel",
-# "routings").mean --> nats, give or take 0.02<!-- = rival("an SSM a channel", "routings").half -->, equal by the
-# uncorrected test); the paper, too, found sharing as good. The start of the poles made no difference that three seeds
-# could tell.
+# An SSM for each channel has an eighth more parameters and shows no gain<!-- if loss_above("an SSM a channel",
+# "routings").mean + loss_above("an SSM a channel", "routings").half > 0 --> (0.01<!-- = -loss_above("an SSM a
+# channel", "routings").mean --> nats, give or take 0.02<!-- = loss_above("an SSM a channel", "routings").half -->,
+# within 0.03 by the uncorrected test); the paper, too, found sharing as good. The start of the poles made no
+# difference that three seeds could tell.
 #
 # These runs say nothing about larger models, more text, tasks on pairs, or other recipes.
 
 # %% [markdown]
 # ## 15. Looking at kernels
 #
-# What has the model learned about word order? Here, unlike in an attention model, it can be drawn: two kernels (4)
-# for each layer. We read those of the model in `data/bigs-boxed`.
+# What has each layer learned about word order? Here, unlike in an attention model, it can be drawn: two kernels (4).
+# We read those of the model in `data/bigs-boxed`.
 
 
 # %%
@@ -6958,7 +6945,7 @@ def kernels_of(model: BiGS) -> Float[np.ndarray, "layers 2 L"]:
 
 
 # %% [markdown]
-# What is drawn below lies beside the model.
+# What is drawn lies in `data/`.
 
 
 # %% tags=["appendix"]
@@ -6975,13 +6962,13 @@ def boxed_kernels() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def way(run: str) -> dict[str, np.ndarray]:
+def checkpoints_of(run: str) -> dict[str, np.ndarray]:
     """What `inspect` keeps of a run's n checkpoints, from data/RUN.npz: `tokens` read,
     `step_sizes` (n, layers, 2), `poles` (n, layers, 2, N), the `spread` (n) of the
     encoder's output, `sizes` (n, layers), the root mean square of each layer's last
     matrix; and kernels at the `start` and in the end.
 
-    >>> way("documented-small")["step_sizes"].shape
+    >>> checkpoints_of("documented-small")["step_sizes"].shape
     (17, 6, 2)
     """
     with np.load(stored(f"{run}.npz")) as file:
@@ -7070,8 +7057,8 @@ def kernels_figure():
         }
     )
     layers = len(boxed_kernels()["start"])
-    fifth = drawing.axes[2 * (layers - 1 - 5) + 1]
-    fifth.annotate(
+    layer_5 = drawing.axes[2 * (layers - 1 - 5) + 1]
+    layer_5.annotate(
         "looks at the next word",
         (1.5, 0.6),
         (3.0, 0.5),
@@ -7083,12 +7070,12 @@ def kernels_figure():
 
 
 # %% [markdown]
-# Call the *reach* of a kernel the lag within which nine tenths of its absolute values lie, faint ones included.
+# Call the *reach* of a kernel the lag within which nine tenths of the sum of its absolute values lies.
 
 
 # %%
 def reach(kernel: Float[np.ndarray, " L"], share: float = 0.9) -> int:
-    """The lag within which this share of a kernel's absolute values lies.
+    """The lag within which this share of the sum of a kernel's absolute values lies.
 
     >>> reach(np.array([1.0, 0, 0, -8, 1]))
     3
@@ -7268,7 +7255,12 @@ def shortened_figure():
     drawing, ax = canvas(size=(8, 3))
     for text, losses in boxed_reading()["shortened"].items():
         lags = [int(lag) for lag in losses if lag != "-1"]
-        ax.plot(lags, [losses[str(lag)] for lag in lags], marker="o", label=text[:-15])
+        ax.plot(
+            lags,
+            [losses[str(lag)] for lag in lags],
+            marker="o",
+            label=text.removesuffix("-valid.jsonl.xz"),
+        )
     ax.set_xscale("symlog", base=2, linthresh=1)
     ax.set(xlabel="last lag, tokens", ylabel="nats per masked word", xticks=lags)
     ax.set_xticklabels(lags)
@@ -7393,7 +7385,7 @@ def draw_finetuned():
 # that look more widely, and hardly a use of lags beyond 32 within a layer.
 #
 # Can a language model learn to fill in missing words, then, if no word can choose which others to read? This one has;
-# in small models of equal size, attention began to learn later and then drew level ([section 14](#longer-runs)). What
+# in small models of equal size, attention began later and, in one run, drew level ([section 14](#longer-runs)). What
 # it does badly is agreement across words: where a noun of the other number ends a relative clause before the verb, it
 # prefers the right sentence to the wrong one in 35<!-- =
 # measured("grammar")["paradigms"]["distractor_agreement_relative_clause"] --> % of the pairs, less than chance ([the
@@ -7415,7 +7407,7 @@ def draw_finetuned():
 #     python annotated_bigs.py benchmark --size mini
 #
 # They live in `workshop/`, beside this file, with all that is no part of the story: corpora, files of tasks,
-# benchmarks. Each checks what it was given and calls what the sections above have left.
+# benchmarks. Each checks what it was given and calls the sections above.
 
 # %% [markdown]
 # ## 17. Results
@@ -7452,7 +7444,7 @@ def draw_finetuned():
 # | | a text's vector is the mean without padding | as their code; `cls` for BERT | mean with padding: 1.1; first token: 1.9 | the same test |
 # | | $D u$ is added in both directions | as their code | $D$ in one direction only: 2e-3 | the same test |
 # | | 64 complex states without conjugates and without the factor of 2 of S4D | as their code | with the factor: 4e-3 | the same test |
-# | | padding is convolved like words, and texts are padded to the full length | so for their weights; masked out for ours | masked out: 2e-3; for our model [up to 0.65 nats](#longer-texts) | `tests/test_published.py::test_what_convolved_padding_changes` |
+# | | padding is convolved like words, and texts are padded to the full length | so for their weights; masked out for ours | masked out: 2e-3; for our model [up to 0.65 nats](#longer-texts) | the same test |
 # | | poles are clipped to real parts below -1e-4 | as their code | a pole that would grow, fades | `tests/test_ssm.py::test_poles_that_would_grow_are_clipped` |
 # | FFT | FFT | one Toeplitz matrix up to 512 tokens, then blocks | below 1e-5 | `tests/test_published.py::test_outputs_are_the_authors` |
 # | | phases $l \Delta A$ in float32 as they come | whole turns are taken away first | kernels of 64 tokens: below 2e-5 | `tests/test_published.py::test_kernels_are_the_authors` |
@@ -7462,7 +7454,7 @@ def draw_finetuned():
 # | continued at 512 and 4096 | new rows of the position table unknown | the table repeated | [measured](#longer-texts) | `tests/test_published.py::test_a_model_for_longer_texts` |
 # | | weight decay reaches poles, steps, $C$ and $D$ | option `ssm_decay`, off in `annotated` | [step sizes](#what-moves-a-kernel) under `documented-small` grow, nine of twelve by no more than decay explains | `tests/test_training.py::test_groups_cover_all_parameters` |
 # | | one learning rate; the SSMs' own is never read | option `ssm_rate`, 2 in `boxed` | nothing beyond noise at half, twice and four times the rate, [4 million tokens](#what-lets-a-small-model-learn) | `tests/test_training.py::test_groups_cover_all_parameters` |
-# | warm-up of 1 % | 2 % in the documented run | 2 % | not measured | `tests/test_training.py::test_schedule_endpoints` |
+# | warm-up of 1 % | 2 % in the documented run | 2 % | not measured | `tests/test_training.py::test_recipes_are_those_of_the_paper` |
 # | | the loss is averaged on each device, then over devices | over all masked positions | none where devices have equally many | `tests/test_training.py::test_one_device_equals_eight` |
 # | | logits of all positions | of the masked ones; on a CPU the last layer only there, too | below 1e-6 | `tests/test_model.py::test_chosen_positions_are_those_of_all_logits` |
 # | | masks are drawn once, offline; [CLS] and [SEP] count as tokens | anew in every epoch, from the seed | not measured | `batch_at` |
@@ -7517,11 +7509,9 @@ def draw_finetuned():
 # Wikipedia, Simple English Wikipedia and books. It knows lower-case English only, and what it says of the world is
 # often wrong.
 #
-# Its kernels are static: no text can change how far a layer looks.
-#
 # Not run here: any pretraining at the paper's size, its comparison with and without gates at that size, the authors'
 # trained weights, SQuAD, SCROLLS, their agreement tests, pretraining beyond 128 tokens, and any training on a TPU.
-# Times for a TPU are its compiler's estimates. Where three seeds are compared, small differences stay unseen.
+# Times for a TPU are its compiler's estimates. Where few seeds are compared, small differences stay unseen.
 #
 # ### Responsible use
 #
@@ -7554,7 +7544,7 @@ def draw_finetuned():
 # %% [markdown]
 # ## Appendix A. Text of your own
 #
-# How does one train on another text, and on one that no memory holds? `--corpus` takes files and folders of files:
+# How does one train on another text, and on more than memory holds? `--corpus` takes files and folders of files:
 # plain text with a blank line between documents; JSON lines with a field `text`; either may be compressed. Broken
 # JSON lines are skipped and counted, and the first is named; more than one in a hundred stops the preparation.
 #
@@ -7676,8 +7666,7 @@ def show_boxed():
 # The size is what a file of 12 MB holds, with matrices and embeddings in bfloat16 and all else in float32; other
 # shapes were not compared. The share of masked words and the optimizer come from the short runs
 # [below](#what-lets-a-small-model-learn). The batch of 128 and rates half as large again were not tried there, and a
-# table of positions, which this model has, did harm there. It is one run with one seed. The card says what it must
-# not be used for.
+# table of positions, which this model has, did harm there. It is one run with one seed.
 #
 # What does it know of grammar? BLiMP (Warstadt and others, 2020) asks with pairs of sentences that differ in one point,
 # of which one is wrong. A sentence scores the sum of the log-likelihoods of its pieces, each masked alone
@@ -7698,9 +7687,9 @@ def show_grammar():
 # of reflexives. It does not know where *any* and *ever* may stand (*npi licensing*), or what may be moved out of a
 # clause (*island effects*).
 #
-# Agreement fails where another noun comes between. With the subject right before the verb the model prefers the right
-# form in 83<!-- = measured("grammar")["paradigms"]["regular_plural_subject_verb_agreement_1"] --> % of the pairs;
-# after *the sketches of the lake*, with a noun of the other number between, in 62<!-- =
+# Agreement weakens where another noun comes between. With the subject right before the verb the model prefers the
+# right form in 83<!-- = measured("grammar")["paradigms"]["regular_plural_subject_verb_agreement_1"] --> % of the
+# pairs; after *the sketches of the lake*, with a noun of the other number between, in 62<!-- =
 # measured("grammar")["paradigms"]["distractor_agreement_relational_noun"] --> %; and where that noun ends a relative
 # clause, in 35<!-- = measured("grammar")["paradigms"]["distractor_agreement_relative_clause"] --> %, less than
 # chance. The paper's large model gets 88 % and more right across phrases and relative clauses (its Table 4), so
@@ -7730,9 +7719,9 @@ def rates_figure():
     drawing, (left, right) = canvas(1, 2, (9.0, 3.0))
     runs = (("too-fast", RED), ("documented-small", BLUE), ("annotated", INK))
     for run, color in runs:
-        tokens = way(run)["tokens"] / 1e6
-        left.plot(tokens, way(run)["spread"], color=color, label=run)
-        right.plot(tokens, way(run)["sizes"], color=color, lw=1)
+        tokens = checkpoints_of(run)["tokens"] / 1e6
+        left.plot(tokens, checkpoints_of(run)["spread"], color=color, label=run)
+        right.plot(tokens, checkpoints_of(run)["sizes"], color=color, lw=1)
     left.set(xlabel="million tokens", ylabel="output, standard deviation", yscale="log")
     right.set(xlabel="million tokens", ylabel="$W_o$, root mean square", yscale="log")
     left.legend(frameon=False)
@@ -7746,19 +7735,21 @@ def draw_rates():
 
 # %% [markdown]
 # No normalization follows the last layer, so nothing limits the residual stream. In the first try its spread grew
-# from one to 19,000<!-- = round(way("too-fast")["spread"].max(), -3) -->. In so wide a stream only a layer with large
-# weights makes a difference. The first and the last layers grew them, while those of layers 3 and 4 withered, to
-# 0.51<!-- = (way("too-fast")["sizes"][-1, 3:5] / way("too-fast")["sizes"][0, 3:5]).max() --> of their size, about as
-# much as decay alone would. The loss gave little of this away: after 20 million tokens it stood at 4.26<!-- =
-# way("too-fast")["heldout"][5] --> on held-out text, under `documented-small` at 4.09. But fine-tuned on CoLA, the
-# model of the first try stayed at a correlation of zero, where the other reaches 0.2<!-- =
+# from one to 19,000<!-- = round(checkpoints_of("too-fast")["spread"].max(), -3) -->. In so wide a stream only a layer
+# with large weights makes a difference. The first and the last layers grew them, while those of layers 3 and 4
+# withered, to 0.51<!-- = (checkpoints_of("too-fast")["sizes"][-1, 3:5] / checkpoints_of("too-fast")["sizes"][0,
+# 3:5]).max() --> of their size, about as much as decay alone would. The loss gave little of this away: after 20
+# million tokens it stood at 4.26<!-- = checkpoints_of("too-fast")["heldout"][5] --> on held-out text, under
+# `documented-small` at 4.09. But fine-tuned on CoLA, the first try, half as long, stayed at a correlation of zero,
+# where the other reaches 0.2<!-- =
 # np.mean(measured("glue-speed")["cola"]["variants"]["pretrained"]["best"]["dev"]["matthews"]) -->.<!-- if
-# abs(way("too-fast")["cola"]).max() < 0.01 --> Under `documented-small`, at half the rate and after a longer warm-up,
-# the spread stays below 4.8<!-- = way("documented-small")["spread"].max() -->, and all layers grow; under `annotated`
-# it stays below two. Which of the differences did it was not taken apart, but the rate alone can do it: in the short
-# runs [below](#what-lets-a-small-model-learn), AdamW at a rate of 8e-3 let the spread grow beyond 100,000.<!-- if
-# min(run["spread"] for run in screened() if run["way"]["optimizer"] == "adamw" and run["way"]["adam_rate"] == 8e-3) >
-# 1e5 --> If you pretrain without a last normalization, watch this number; `inspect --run` prints it.
+# abs(checkpoints_of("too-fast")["cola"]).max() < 0.01 --> Under `documented-small`, at half the rate and after a
+# longer warm-up, the spread stays below 4.8<!-- = checkpoints_of("documented-small")["spread"].max() -->, and all
+# layers grow; under `annotated` it stays below two. Which of the differences did it was not taken apart: in the short
+# runs [below](#what-lets-a-small-model-learn) AdamW at 2e-3 kept the spread below two, and at 8e-3 let it grow beyond
+# 100,000.<!-- if (lambda at: max(at(2e-3)) < 2 and min(at(8e-3)) > 1e5)(lambda rate: [run["spread"] for run in
+# screened() if run["way"]["optimizer"] == "adamw" and run["way"]["adam_rate"] == rate]) --> If you pretrain without a
+# last normalization, watch this number; `inspect --run` prints it.
 
 
 # %% [markdown]
@@ -7772,26 +7763,29 @@ def draw_rates():
 #
 # <details><summary>How we know</summary>
 #
-# In the first run the step sizes all grew,<!-- if (way("documented-small")["step_sizes"][-1] >
-# way("documented-small")["step_sizes"][0]).all() --> one of them 4.2<!-- = (way("documented-small")["step_sizes"][-1] /
-# way("documented-small")["step_sizes"][0]).max() --> times. That looks like learning, but most of it can be decay,
-# which draws `log_step` towards 0, a step size of one. Over all steps, with the rates $\eta_t$ of the schedule and a
-# decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here 0.65<!-- = np.exp(-0.05 *
-# 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the smallest step size from 0.014<!-- =
-# way("documented-small")["step_sizes"][0].min() --> to 0.063<!-- = way("documented-small")["step_sizes"][0].min() **
-# 0.645 -->; it arrived at 0.057<!-- = way("documented-small")["step_sizes"][-1].min() -->. Of the twelve step sizes
-# three<!-- = (way("documented-small")["step_sizes"][-1] > way("documented-small")["step_sizes"][0] ** 0.645).sum() -->
-# grew by more than decay alone would make them. In the second run, without decay, no step size moves by more than
-# 18<!-- = 100 * abs(np.log(way("annotated")["step_sizes"][-1] / way("annotated")["step_sizes"][0])).max() --> %. That
-# fits decay as the cause; but the runs differ in more, and it was not tried by itself.
+# In the first run every step size grew,<!-- if (checkpoints_of("documented-small")["step_sizes"][-1] >
+# checkpoints_of("documented-small")["step_sizes"][0]).all() --> one of them 4.2<!-- = (lambda steps: steps[-1] /
+# steps[0])(checkpoints_of("documented-small")["step_sizes"]).max() --> times. That looks like learning, but most can
+# be decay, which draws `log_step` towards 0, a step size of one. Over all steps, with the rates $\eta_t$ of the
+# schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here
+# 0.65<!-- = np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the smallest step
+# size from 0.014<!-- = checkpoints_of("documented-small")["step_sizes"][0].min() --> to 0.063<!-- =
+# checkpoints_of("documented-small")["step_sizes"][0].min() ** 0.645 -->; it arrived at 0.057<!-- =
+# checkpoints_of("documented-small")["step_sizes"][-1].min() -->. Of the twelve step sizes three<!-- =
+# (checkpoints_of("documented-small")["step_sizes"][-1] > checkpoints_of("documented-small")["step_sizes"][0] **
+# 0.645).sum() --> grew by more than decay alone would make them. In the second run, without decay, no step size moves
+# by more than 18<!-- = 100 * abs(np.log(checkpoints_of("annotated")["step_sizes"][-1] /
+# checkpoints_of("annotated")["step_sizes"][0])).max() --> %. That fits decay as the cause; but the runs differ in
+# more, and it was not tried by itself.
 #
 # Poles move less than they could. AdamW moves a parameter by about the sum of its rates at most, 13<!-- = 4e-3 * 6400
 # * (0.05 / 2 + 0.95 * 0.51) --> under `annotated`. There the real parts, all $-\tfrac12$ at the start, ended between
-# -2.1<!-- = way("annotated")["poles"][-1].real.min() --> and -0.13<!-- = way("annotated")["poles"][-1].real.max()
-# -->. Of the imaginary parts, which lie up to 1,303<!-- = way("annotated")["poles"][0].imag.max() --> from zero, none
-# moved by more than 1.1<!-- = abs(way("annotated")["poles"][-1].imag - way("annotated")["poles"][0].imag).max() -->;
-# in the first run, by up to 462<!-- = abs(way("documented-small")["poles"][-1].imag -
-# way("documented-small")["poles"][0].imag).max() -->, downwards.
+# -2.1<!-- = checkpoints_of("annotated")["poles"][-1].real.min() --> and -0.13<!-- =
+# checkpoints_of("annotated")["poles"][-1].real.max() -->. Of the imaginary parts, which lie up to 1,303<!-- =
+# checkpoints_of("annotated")["poles"][0].imag.max() --> from zero, none moved by more than 1.1<!-- =
+# abs(checkpoints_of("annotated")["poles"][-1].imag - checkpoints_of("annotated")["poles"][0].imag).max() -->; in the
+# first run, by up to 462<!-- = abs(checkpoints_of("documented-small")["poles"][-1].imag -
+# checkpoints_of("documented-small")["poles"][0].imag).max() -->, as decay explains.
 #
 # </details>
 
@@ -7813,7 +7807,7 @@ def draw_rates():
 def movement_figure():
     drawing, axes = canvas(1, 2, (9.0, 3.2), sharey=True)
     for ax, run in zip(axes, ("documented-small", "annotated"), strict=True):
-        found = way(run)
+        found = checkpoints_of(run)
         for layer, side in np.ndindex(found["step_sizes"].shape[1:]):
             ax.plot(
                 found["tokens"] / 1e6,
@@ -8005,12 +7999,14 @@ def measure_lengths():
 # The forerunner read 65 million tokens, and its loss fell all the while; yet its layers had hardly any effect at the
 # start. At a width of 192 a layer that starts as published has an output of almost zero ([section 6](#6-gating)),
 # AdamW's $\epsilon$ may exceed its gradients, and only every seventh word is masked. What is each of these worth? We
-# ran the size `small` for 4.1 million tokens, in three stages, none of which used a seed of another:
+# ran the size `small` for 4.1 million tokens, in stages; the first three used no seed of another:
 #
 # 1. the published way; AdamW with four changes (a start for the width; $\epsilon$ of $10^{-8}$ and $\beta_2$ of
-#    0.999; no dropout; SSMs that do not decay); Muon with the same four; each at its best of several rates, and the published way with one of the first three changes alone;
+#    0.999; no dropout; SSMs that do not decay); Muon with the same four; each at its best of several rates, and the
+#    published way with one of the first three changes alone;
 # 2. single changes to the best of these, one run each;
-# 3. 30 and 40 % of the words masked, and 30 % with each of three other changes, three runs each.
+# 3. 30 and 40 % of the words masked, and 30 % with each of three other changes, three runs each;
+# 4. what was taken over of that, on twice the text, with the same seeds.
 #
 # The loss is always measured on the same 512 rows, with 15 % of the words masked.
 
@@ -8027,16 +8023,18 @@ def screened() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def screened_losses(seeds: tuple[int, ...]) -> dict[str, dict[int, float]]:
-    """The final held-out losses of the runs that have these seeds, by name and seed;
-    the lowest where several rates were tried.
+def screened_losses(
+    seeds: tuple[int, ...], tokens: int = 4_096_000
+) -> dict[str, dict[int, float]]:
+    """The final held-out losses of the runs that have these seeds and this length, by
+    name and seed; the lowest where several rates were tried.
 
     >>> sorted(screened_losses((100,)))[:3]
     ['adamw', 'muon', 'published']
     """
     losses: dict[str, dict[int, float]] = {}
     for run in screened():
-        if run["seed"] in seeds:
+        if run["seed"] in seeds and run["tokens"] == tokens:
             found = losses.setdefault(run["name"], {})
             known = found.get(run["seed"], np.inf)
             found[run["seed"]] = min(known, run["heldout"])
@@ -8044,7 +8042,7 @@ def screened_losses(seeds: tuple[int, ...]) -> dict[str, dict[int, float]]:
 
 
 def best_screened(name: str) -> float:
-    """The held-out loss at the best rate of an optimizer.
+    """The lowest held-out loss of a name in stage 1.
 
     >>> best_screened("muon") < best_screened("adamw") < best_screened("published")
     True
@@ -8052,17 +8050,19 @@ def best_screened(name: str) -> float:
     return screened_losses((100,))[name][100]
 
 
-def screened_gain(name: str) -> float:
+def screened_gain(name: str, tokens: int = 4_096_000) -> float:
     """By how much a change lowers the held-out loss, the mean of seeds 1 to 3.
 
     >>> screened_gain("masking 30 %") > 0.2
     True
     """
-    losses = screened_losses((1, 2, 3))
+    losses = screened_losses((1, 2, 3), tokens)
     return -contrast(losses[name], losses["none"]).mean
 
 
-def print_screened(title: str, seeds: tuple[int, ...], base: str) -> None:
+def print_screened(
+    title: str, seeds: tuple[int, ...], base: str, tokens: int = 4_096_000
+) -> None:
     """The mean loss of each kind of run, from the lowest, and how far it is above one
     of them.
 
@@ -8075,7 +8075,7 @@ def print_screened(title: str, seeds: tuple[int, ...], base: str) -> None:
       published, no dropout         4.925  -0.009
       published                     4.934
     """
-    losses = screened_losses(seeds)
+    losses = screened_losses(seeds, tokens)
     means = {name: np.mean(list(found.values())) for name, found in losses.items()}
     print(title)
     for name in sorted(losses, key=means.__getitem__):
@@ -8087,16 +8087,20 @@ def print_screened(title: str, seeds: tuple[int, ...], base: str) -> None:
 
 @example
 def show_screening():
-    print_screened("each optimizer at its best rate, seed 100:", (100,), "published")
-    print_screened("one change at a time from muon, seed 0:", (0,), "none")
-    print_screened("again, with 95 % intervals:", (1, 2, 3), "none")
+    print_screened("stage 1, seed 100:", (100,), "published")
+    print_screened("stage 2, seed 0 (none: muon as it is):", (0,), "none")
+    again = (1, 2, 3)
+    print_screened("stage 3, with 95 % intervals:", again, "none")
+    print_screened("stage 4, twice the text:", again, "none", 8_192_000)
 
 
 # %% [markdown]
 # Two changes help most. Masking 30 % of the words in place of BERT's 15 % is worth 0.26<!-- = screened_gain("masking
 # 30 %") --> nats. Leaving the table of positions at zero is worth another 0.10<!-- = screened_gain("30 %, positions
-# frozen") - screened_gain("masking 30 %") -->. Masking 40 %, or a decay of 0.2 beside 30 %, beat 30 % alone by
-# 0.05<!-- = screened_gain("masking 40 %") - screened_gain("masking 30 %") -->; neither was taken over.
+# frozen") - screened_gain("masking 30 %") -->. On twice the text the two together gain 0.33<!-- = screened_gain("30
+# %, positions frozen", 8_192_000) -->. Masking 40 %, or a decay of 0.2 beside 30 %, beats 30 % alone by 0.05<!-- =
+# screened_gain("masking 40 %") - screened_gain("masking 30 %") --> or 0.06<!-- = screened_gain("30 %, decay 0.2") -
+# screened_gain("masking 30 %") -->; neither was taken over.
 #
 # Muon beats AdamW by 0.20<!-- = best_screened("adamw") - best_screened("muon") -->. With its four changes AdamW beats
 # the published way by 0.17<!-- = best_screened("published") - best_screened("adamw") -->. Three of them were tried
@@ -8104,12 +8108,12 @@ def show_screening():
 # $\beta_2$ 0.09<!-- = best_screened("published") - best_screened("published, epsilon and beta_2") -->, no dropout
 # 0.01<!-- = best_screened("published") - best_screened("published, no dropout") -->. (The first two may remedy one
 # thing, gradients that are small beside $\epsilon$. These comparisons have one seed, Muon the best of nine pairs of
-# rates, AdamW of four.) Once Muon moves the matrices a smaller start makes no difference (its steps do not depend on
-# how large a gradient is); one twice as large costs 0.29<!-- = screened_losses((0,))["start doubled"][0] -
-# screened_losses((0,))["none"][0] -->. What SSM rate, clipping, and $\beta_2$ and $\epsilon$ (which Muon's matrices
-# do not use) did lies within what two seeds differ by. Showing 5 % of the chosen words as they are, in place of 10 %,
-# changes nothing. Showing none of them does harm: such a model learns nothing of unchanged words, which occur in the
-# held-out rows.
+# rates, AdamW of four.) Once Muon moves the matrices a smaller start makes no difference; one twice as large costs
+# 0.29<!-- = screened_losses((0,))["start doubled"][0] - screened_losses((0,))["none"][0] -->. What SSM rate,
+# clipping, and $\beta_2$ and $\epsilon$ (which Muon's matrices do not use) did lies within what two seeds differ by.
+# Halving the shares of chosen words that stay and that become random changes nothing. With [MASK] for all of them the
+# loss is 0.49<!-- = screened_losses((0,))["none unchanged"][0] - screened_losses((0,))["none"][0] --> higher: the
+# held-out rows hold both kinds.
 #
 # In `annotated` $\beta_2$ and $\epsilon$ stay as published; its decay of 0.1 and last rate of 2 % were not tried
 # here. Below is the size `small` under `documented-small` and `annotated`, one run each. A part of the difference may

@@ -73,7 +73,7 @@ def test_the_kept_kernels_are_those_of_the_model(model):
 
 @pytest.mark.parametrize("name", ["documented-small", "annotated"])
 def test_the_kept_ways_are_those_of_their_recipes(name):
-    kept = bigs.way(name)
+    kept = bigs.checkpoints_of(name)
     recipe = RECIPES[name]
     checkpoints = len(kept["tokens"])
     assert kept["step_sizes"].shape == (checkpoints, 6, 2)
@@ -113,6 +113,12 @@ def test_a_training_was_its_recipe_and_went_down(name, size, file):
 
 # What card and README say
 
+HELDOUT = {
+    "books": "books",
+    "enwiki": "English Wikipedia",
+    "simplewiki": "Simple English Wikipedia",
+}
+
 
 @pytest.fixture(scope="module")
 def card():
@@ -125,18 +131,23 @@ def readme():
 
 
 def test_losses_that_are_told_were_measured(card, readme):
-    """Every number with three decimals is a measured loss."""
-    values = [found["nothing"] for found in bigs.boxed_reading()["losses"].values()]
-    runs = bigs.boxed_training(), bigs.measured("documented-small")["documented-small"]
-    for run in runs:
-        values += [
-            record["heldout"] for record in run["history"] if "heldout" in record
-        ]
-    known = {f"{value:.3f}" for value in values}
+    """The rows of the card's two tables: held-out texts, and tokens read."""
+    reading = bigs.boxed_reading()
+    rows = []
+    for text, losses in reading["losses"].items():
+        loss = losses["nothing"]
+        bits = loss * reading["pieces_a_character"][text] / np.log(2)
+        rows.append(f"| {HELDOUT[text.split('-')[0]]} | {loss:.3f} | {bits:.2f} |")
+    run = bigs.boxed_training()
+    each = run["recipe"]["batch"] * run["recipe"]["length"] / 1e6
+    for record in run["history"]:
+        if "heldout" in record:
+            rows.append(f"| {record['step'] * each:.1f} | {record['heldout']:.3f} |")
+    told = re.findall(r"^\| .* \| \d\.\d{3} .*\|$", card, re.MULTILINE)
+    assert set(rows[:3]) < set(told) <= set(rows)
     numbers = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", card)
-    assert len(numbers) >= 14
-    assert set(numbers) <= known
-    last = bigs.boxed_training()["history"][-1]["heldout"]
+    assert len(numbers) == len(told)
+    last = run["history"][-1]["heldout"]
     assert f"reaches {last:.1f} nats per masked word" in readme
 
 
@@ -367,10 +378,8 @@ def figures(**options):
     commands.main(["figures", *map(str, options_of(options))])
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    """A run of six steps that keeps its checkpoints: folder, recipe, last model."""
-    folder = tmp_path_factory.mktemp("run")
+def six_steps(folder, start=None):
+    """Recipe and last model of a run of six steps that keeps its checkpoints."""
     tokens = np.random.default_rng(0).integers(5, 60, (64, 32))
     rows = bigs.Rows(tokens, 60, 4, (0, 2, 3))
     letters = " ".join(map(chr, range(97, 123)))
@@ -386,7 +395,14 @@ def short_run(tmp_path_factory):
         save_every=2,
         keep=5,
     )
-    return folder, recipe, running.pretrain(SMALL, recipe, data, folder).model
+    return recipe, running.pretrain(SMALL, recipe, data, folder, start=start).model
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Folder, recipe and last model of `six_steps`."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *six_steps(folder)
 
 
 def test_the_way_of_a_run_is_that_of_its_kernels(short_run):
@@ -421,6 +437,14 @@ def test_the_way_of_a_run_is_that_of_its_sizes(short_run):
     assert_allclose(way["sizes"][-1, 0], size, rtol=1e-5)
     spread = np.std(np.asarray(last.encoder(ids, everything)))
     assert way["spread"][-1] == pytest.approx(spread, rel=1e-4)
+
+
+def test_the_way_of_a_run_that_began_with_a_model(tmp_path):
+    """What it began with is not kept, so the way has the checkpoints alone."""
+    six_steps(tmp_path, BiGS(SMALL, seed=9))
+    way = studies.way_of(tmp_path)
+    assert way["tokens"].tolist() == [512, 1024, 1536]
+    assert "start" not in way
 
 
 def test_the_way_of_a_run_is_told(short_run, capsys):

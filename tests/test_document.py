@@ -463,6 +463,11 @@ def test_rule_catches(rule, old, new, complaint, make):
     assert any(complaint in line for line in complaints), complaints
 
 
+def test_what_needs_no_doctest_exists(document):
+    names = {node.name for _, node in reading.definitions(document)}
+    assert names >= reading.TESTED_AT_LENGTH
+
+
 def test_every_rule_is_seen_to_catch_something():
     assert {rule for rule, *_ in BREAKS} == set(RULES)
 

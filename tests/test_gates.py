@@ -121,9 +121,9 @@ SEEDS = {3: "three", 4: "four", 5: "five"}
 
 
 def test_the_readme_tells_what_was_measured():
-    none = bigs.rival("no product")
-    stacked = bigs.rival("stacked SSM, GELU")
-    frozen = bigs.rival("frozen SSM", "routings").differences
+    none = bigs.loss_above("no product")
+    stacked = bigs.loss_above("stacked SSM, GELU")
+    frozen = bigs.loss_above("frozen SSM", "routings").differences
     last = {arm: bigs.above_gated(40, arm) for arm in bigs.longer_arms()}
     again = bigs.above_gated(40, "no product", seed=1)
     sentences = [

@@ -185,7 +185,13 @@ def test_chosen_positions_are_those_of_all_logits(positions):
     whole = np.asarray(call(model, IDS, mask))
     some = jax.jit(bigs.masked_logits)(model, positions, IDS, mask)
     wanted = np.take_along_axis(whole, positions[..., None], 1)
-    np.testing.assert_allclose(some, wanted, atol=1e-5)
+    assert np.abs(some - wanted).max() < 1e-6 * whole.std()
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    config = replace(SMALL, routing="attention", num_attention_heads=3)
+    with pytest.raises(bigs.UserError, match="3 heads do not divide"):
+        fresh(config)(IDS)
 
 
 def test_every_example_has_its_own_dropout():
@@ -309,6 +315,7 @@ def test_one_compilation_for_each_shape(monkeypatch, mask_padding):
     ("ids", "message"),
     [
         (np.array([[3, 60]]), "60 is none of this model's 60 words"),
+        (np.array([[3, -100]]), "-100 is none of this model's 60 words"),
         (np.ones(5, int), "shape .5,., but this task reads"),
         (np.ones((1, 2, 5), int), "but this task reads .batch, length."),
     ],

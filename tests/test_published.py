@@ -125,7 +125,7 @@ CHOICES = [
     CHOICES,
 )
 def test_each_choice_of_the_authors_counts(monkeypatch, name, patch, changes, effect):
-    """What another choice would do, as room 16 tells it; without these choices the
+    """What another choice would do, as section 17 tells it; without these choices the
     oracle could not tell.
     """
     (ids, mask, types), logits = golden(name)
@@ -182,19 +182,6 @@ def test_padding_that_is_masked_changes_nothing(task):
             b = b if task == "sequence_classification" else b[:, :12]
             most = max(most, float(np.abs(a - b).max() / np.asarray(a).std()))
     assert most < 1e-6
-
-
-def test_what_convolved_padding_changes():
-    """The number in room 16: with the golden weights, texts of 16 tokens padded to 64,
-    heard or silent.
-    """
-    (ids, *_), logits = golden()
-    heard, silent = (
-        bigs.from_pretrained(GOLDEN / "mlm", mask_padding=masked)
-        for masked in (False, True)
-    )
-    difference = np.abs(heard(ids[:, :16]) - silent(ids[:, :16]))
-    assert 4.3e-4 < difference.max() / logits.std() < 5.3e-4
 
 
 # Files
@@ -297,7 +284,7 @@ def test_the_size_of_the_published_file():
 
 
 @pytest.mark.slow
-def test_the_published_file_is_written_to_the_byte(tmp_path):
+def test_a_file_of_the_published_size_is_written(tmp_path):
     model = jax.eval_shape(
         lambda: bigs.BiGS(replace(bigs.large, max_position_embeddings=512))
     )
@@ -351,7 +338,9 @@ def test_safetensors_are_read(tmp_path, file, separator, dtype):
 def test_half_precision_is_read(tmp_path):
     half = {name: array.astype(jnp.bfloat16) for name, array in flat_tree().items()}
     model = bigs.from_pretrained(write(tmp_path, half))
-    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    found = bigs.published_tree(model)
+    for name, array in half.items():
+        np.testing.assert_array_equal(found[name], array.astype(np.float32))
 
 
 # Files that do not fit
@@ -584,7 +573,7 @@ def test_a_config_need_not_name_its_task(tmp_path):
         write(tmp_path, flat_tree(name), config), "sequence_classification"
     )
     assert np.abs(model(*inputs) - logits).max() < 1e-5 * logits.std()
-    with pytest.raises(bigs.UserError, match="task: 'poetry' is unknown"):
+    with pytest.raises(bigs.UserError, match="task: 'poetry' does not exist"):
         bigs.from_pretrained(name, "poetry")
 
 

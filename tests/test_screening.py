@@ -2,6 +2,7 @@
 those made alone, and that finished runs are kept.
 """
 
+import json
 from dataclasses import replace
 
 import jax
@@ -230,11 +231,40 @@ def test_a_finished_run_is_not_made_again(tmp_path, data, monkeypatch):
     assert base.seed != screening.SEED_OF_RATES
 
 
-def test_the_recorded_runs_are_those_of_the_screening(monkeypatch):
+def test_the_recorded_runs_are_those_of_the_screening():
     """What data/screening.jsonl holds is complete: nothing would be run again."""
     found = screening.finished(bigs.DATA / "screening.jsonl")
     wanted = [run for runs in screening.PHASES.values() for run in runs(found)]
     assert {run.key() for run in wanted} == set(found)
+
+
+def test_runs_of_another_text_are_not_taken_over(tmp_path, data):
+    output = tmp_path / "runs.jsonl"
+    output.write_text(json.dumps({"key": "k", "text": "other", "heldout": 5.0}))
+    with pytest.raises(bigs.UserError, match="read another text"):
+        next(screening.screen(data, output))
+
+
+def test_a_broken_line_of_the_output_is_named(tmp_path):
+    output = tmp_path / "runs.jsonl"
+    output.write_text('{"key": "k"}\n')
+    with pytest.raises(bigs.UserError, match="runs.jsonl, line 1: no finished run"):
+        screening.finished(output)
+
+
+@pytest.mark.parametrize("phase", ["alone", "changes", "again", "longer"])
+def test_rates_come_first(tmp_path, data, phase):
+    with pytest.raises(bigs.UserError, match="phases: .* rates"):
+        next(screening.screen(data, tmp_path / "runs.jsonl", phases=[phase]))
+
+
+def test_mistakes_of_the_command_are_lines(tmp_path, monkeypatch, capsys):
+    usual = ["screening", "--text", str(tmp_path), "--output", str(tmp_path / "o")]
+    for more, message in ((["--together", "0"], "positive"), ([], "needs shards")):
+        monkeypatch.setattr("sys.argv", usual + more)
+        with pytest.raises(SystemExit, match="2"):
+            screening.main()
+        assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_held_out_shards_is_named(tmp_path):

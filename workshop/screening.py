@@ -5,7 +5,7 @@
 FOLDER holds the shards of text: `*-valid.jsonl.xz` are held out, and all others are
 trained on. Under one seed every run reads the same rows in the same order, and a row
 is masked by the same random numbers. A finished run is one line of the output and is
-not run again. The size is that of the model in the box, its vocabulary too, and the
+not run again. The size is `small`, the vocabulary that of the model in the box, and the
 held-out loss is measured on the same 512 rows, masked by the published rule, whatever
 the run itself is trained on.
 
@@ -35,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import annotated_bigs as bigs
 from annotated_bigs import by_path, is_matrix
+from workshop import comparison, corpora
 
 WIDTH_RULE = bigs.start_for(bigs.small.hidden_size)
 SEED_OF_RATES = 100  # learning rates are chosen on this seed, which is not used again
 TOKENS = 4_096_000
+LENGTH = 128  # tokens of a row
 SEEDS = (1, 2, 3)  # of what is measured again
 EVALUATIONS = 8
 
@@ -88,7 +90,7 @@ class Numbers(NamedTuple):
     start: Any
     last: Any
     positions: Any  # 1, or 0: frozen
-    steps: Any  # of the SSMs, see even_steps
+    log_steps: Any  # of the SSMs, see even_steps
     rates: Any  # of Muon, by step
     adam_rates: Any
     b2: Any
@@ -99,24 +101,26 @@ class Numbers(NamedTuple):
     clip: Any
 
 
-def initial_model(config: bigs.Config, way: Numbers) -> bigs.BiGS:
+def initial_model(config: bigs.Config, numbers: Numbers) -> bigs.BiGS:
     """A fresh model, as the way has it start. In the head's own matrix, before a
     LayerNorm, the way's start multiplies the usual one, so that it is smaller here than
     in `fresh_state`.
     """
-    seed = jax.random.key(way.seed)
+    seed = jax.random.key(numbers.seed)
     model = bigs.BiGS(replace(config, initializer_range=1.0), seed=seed)
 
     def start(path, weights):
         names = bigs.names_of(path)
         if names[-1] in ("kernel", "embedding"):
-            weights = way.start * weights
+            weights = numbers.start * weights
         if "W_o" in names and names[-1] == "kernel":
-            weights = way.last * weights
+            weights = numbers.last * weights
         if "positions" in names:
-            weights = way.positions * weights
+            weights = numbers.positions * weights
         if names[-1] == "log_step":
-            evenly = way.steps[0 if "forward" in names else 1].reshape(weights.shape)
+            evenly = numbers.log_steps[0 if "forward" in names else 1].reshape(
+                weights.shape
+            )
             weights = jnp.where(jnp.isnan(evenly), weights, evenly)
         return weights
 
@@ -163,10 +167,10 @@ def in_numbers(run: Run, config: bigs.Config, steps: int) -> Numbers:
 
     as_they_are = ("start", "last", "positions", "b2", "eps", "decay", "ssm_rate")
     same = {name: np.float32(getattr(way, name)) for name in as_they_are}
-    steps_of = run.seed if way.even_steps else -1
+    seed = run.seed if way.even_steps else -1
     return Numbers(
         seed=np.uint32(run.seed),
-        steps=even_steps(config, steps_of).astype(np.float32),
+        log_steps=even_steps(config, seed).astype(np.float32),
         rates=rates(way.rate),
         adam_rates=rates(way.adam_rate),
         ssm_decay=np.float32(way.decay * way.ssm_decay),
@@ -176,34 +180,34 @@ def in_numbers(run: Run, config: bigs.Config, steps: int) -> Numbers:
 
 
 def make_optimizer(
-    optimizer: str, way: Numbers, step: Any = 0
+    optimizer: str, numbers: Numbers, step: Any = 0
 ) -> optax.GradientTransformation:
     """One step of Muon for the layers' matrices and AdamW for the rest, or of AdamW for
     everything."""
     dense = by_path(lambda path: bigs.is_decayed(path, ssm_decay=False))
     parts = [
-        optax.scale_by_adam(b2=way.b2, eps=way.eps),
-        optax.add_decayed_weights(way.decay, dense),
-        optax.add_decayed_weights(way.ssm_decay, by_path(bigs.is_ssm)),
-        optax.masked(optax.scale(way.ssm_rate), by_path(bigs.is_ssm)),
-        optax.scale(-way.adam_rates[step]),
+        optax.scale_by_adam(b2=numbers.b2, eps=numbers.eps),
+        optax.add_decayed_weights(numbers.decay, dense),
+        optax.add_decayed_weights(numbers.ssm_decay, by_path(bigs.is_ssm)),
+        optax.masked(optax.scale(numbers.ssm_rate), by_path(bigs.is_ssm)),
+        optax.scale(-numbers.adam_rates[step]),
     ]
     core = optax.chain(*parts)
     if optimizer == "muon":
         # By itself `muon` decays nothing that its own AdamW takes care of.
         one_matrix = optax.contrib.MuonDimensionNumbers(1, 2)  # axis 0 counts layers
         muon = optax.contrib.muon(
-            way.rates[step],
-            weight_decay=way.decay,
+            numbers.rates[step],
+            weight_decay=numbers.decay,
             muon_weight_dimension_numbers=by_path(lambda path: one_matrix),
         )
         chosen = by_path(lambda path: "muon" if is_matrix(path) else "adam")
         core = optax.partition({"muon": muon, "adam": core}, chosen)
     table = by_path(lambda path: "positions" in bigs.names_of(path))
     return optax.chain(
-        optax.clip_by_global_norm(way.clip),
+        optax.clip_by_global_norm(numbers.clip),
         core,
-        optax.masked(optax.scale(way.positions), table),
+        optax.masked(optax.scale(numbers.positions), table),
     )
 
 
@@ -249,18 +253,20 @@ def masked_batch(
 @functools.lru_cache(4096)
 def row_numbers(seed: int, row: int) -> np.ndarray:
     """What decides the masks of a row."""
-    return bigs.random_numbers(seed, 0, row, 128)
+    return bigs.random_numbers(seed, 0, row, LENGTH)
 
 
 def masked_rows(
     data: bigs.Dataset,
-    reading: tuple,
+    kind: tuple,
     steps: range,
     sizes: list[int],
     most: int,
 ) -> bigs.Batch:
-    """The batches of some steps of one size, along a further first axis."""
-    seed, masking, kept = reading
+    """The batches of some steps of one size, along a further first axis; a `reading`
+    says of what kind they are.
+    """
+    seed, masking, kept = kind
     size = sizes[steps.start]
     before = sum(sizes[: steps.start])
     order = bigs.epoch_order(len(data.train.tokens), seed, 0)
@@ -274,19 +280,19 @@ def masked_rows(
     )
 
 
-def batch_sizes(way: Way, tokens: int, length: int = 128) -> list[int]:
+def batch_sizes(way: Way, tokens: int) -> list[int]:
     """Rows of every step: each size of the way gets an equal part of the tokens.
 
-    >>> batch_sizes(Way(batches=(1, 2)), 1024, 128)
+    >>> batch_sizes(Way(batches=(1, 2)), 8 * LENGTH)
     [1, 1, 1, 1, 2, 2]
     """
-    each = tokens // length // len(way.batches)
+    each = tokens // LENGTH // len(way.batches)
     return [size for size in way.batches for _ in range(each // size)]
 
 
 def spread(model: bigs.BiGS) -> jax.Array:
     """Standard deviation of the encoder's output for random words."""
-    words = np.random.default_rng(0).integers(5, model.config.vocab_size, (8, 128))
+    words = np.random.default_rng(0).integers(5, model.config.vocab_size, (8, LENGTH))
     return jnp.std(model.encoder(words, np.ones(words.shape, bool)))
 
 
@@ -380,8 +386,8 @@ def train(
     readings = list(dict.fromkeys(map(reading, runs)))
     which = jnp.array([readings.index(reading(run)) for run in runs])
     held = jax.tree.map(lambda *parts: jnp.stack(parts), *data.heldout)
-    most = max(round(share * 128) for run in runs for share in run.way.masking)
-    ends = np.cumsum([0, *sizes]) * 128  # tokens read before each step
+    most = max(round(share * LENGTH) for run in runs for share in run.way.masking)
+    ends = np.cumsum([0, *sizes]) * LENGTH  # tokens read before each step
     marks = [tokens * (i + 1) // EVALUATIONS for i in range(EVALUATIONS - 1)]
     marks.append(int(ends[-1]))
 
@@ -471,7 +477,7 @@ ALONE = {
 
 def runs_alone(found: dict[str, dict]) -> list[Run]:
     """The published way at its best rate, with one thing at a time of the other."""
-    base = best_way("published", runs_for_rates(found), found)
+    base = best_way("published", found)
     return one_by_one(base, ALONE, SEED_OF_RATES)
 
 
@@ -508,15 +514,19 @@ CHANGES = {
 }
 
 
-def best_way(name: str, runs: list[Run], found: dict[str, dict]) -> Way:
-    """The way of the lowest held-out loss among the finished runs of a name."""
-    own = [run for run in runs if run.name == name]
+def best_way(name: str, found: dict[str, dict]) -> Way:
+    """The way of the lowest held-out loss among the runs for rates of a name."""
+    own = [run for run in runs_for_rates(found) if run.name == name]
+    if any(run.key() not in found for run in own):
+        raise bigs.UserError(
+            "phases: the others need the runs of rates; make them first"
+        )
     return min(own, key=lambda run: found[run.key()]["heldout"]).way
 
 
 def base_way(found: dict[str, dict]) -> Way:
     """The best Muon of the runs for rates."""
-    return best_way("muon", runs_for_rates(found), found)
+    return best_way("muon", found)
 
 
 def runs_of_changes(found: dict[str, dict]) -> list[Run]:
@@ -534,14 +544,29 @@ AGAIN = {
 }
 
 
-def runs_again(found: dict[str, dict]) -> list[Run]:
-    """What helped most, and together, once more with three seeds."""
+LONGER = ("none", "30 %, positions frozen")
+
+
+def with_seeds(
+    found: dict[str, dict], names: Iterable[str], tokens: int = TOKENS
+) -> list[Run]:
+    """Changes of the best Muon, with three seeds each."""
     base = base_way(found)
     return [
-        Run(name, replace(base, **change), seed)
-        for name, change in AGAIN.items()
+        Run(name, replace(base, **AGAIN[name]), seed, tokens)
+        for name in names
         for seed in SEEDS
     ]
+
+
+def runs_again(found: dict[str, dict]) -> list[Run]:
+    """What helped most, and together, once more with three seeds."""
+    return with_seeds(found, AGAIN)
+
+
+def runs_longer(found: dict[str, dict]) -> list[Run]:
+    """What was taken over of that, on twice the text."""
+    return with_seeds(found, LONGER, 2 * TOKENS)
 
 
 PHASES = {
@@ -549,6 +574,7 @@ PHASES = {
     "alone": runs_alone,
     "changes": runs_of_changes,
     "again": runs_again,
+    "longer": runs_longer,
 }
 
 
@@ -567,8 +593,7 @@ def text_files(folder: Path) -> tuple[list[str], list[str]]:
 
 def finished(output: Path) -> dict[str, dict]:
     """The runs in a file by their keys."""
-    lines = output.read_text().splitlines() if output.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = comparison.read_record(output, {"key", "text", "heldout"})
     return {record["key"]: record for record in records}
 
 
@@ -589,6 +614,8 @@ def screen(
 ) -> Iterator[Run]:
     """Make all runs that are not finished, and yield each when it is."""
     found = finished(output)
+    if {record["text"] for record in found.values()} - {data.identity}:
+        raise bigs.UserError(f"{output}: its runs read another text; choose another")
     for phase in phases:
         missing = [run for run in PHASES[phase](found) if run.key() not in found]
         for group in groups(missing, together):
@@ -606,8 +633,6 @@ def screen(
 
 
 def main() -> None:
-    from workshop import corpora
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of shards")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines")
@@ -616,12 +641,17 @@ def main() -> None:
         "--phases", nargs="+", choices=PHASES, default=PHASES, help="which to make"
     )
     options = parser.parse_args()
+    if options.together < 1:
+        parser.error(f"together: {options.together} is not positive")
     bigs.keep_memory()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    train_files, heldout_files = text_files(options.text)
-    data = corpora.prepare(train_files, bigs.load_tokenizer(), 128, heldout_files)
-    for _ in screen(data, options.output, options.together, options.phases):
-        pass
+    try:
+        train_files, held = text_files(options.text)
+        data = corpora.prepare(train_files, bigs.load_tokenizer(), LENGTH, held)
+        for _ in screen(data, options.output, options.together, options.phases):
+            pass
+    except bigs.UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
