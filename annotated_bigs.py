@@ -7746,10 +7746,11 @@ def draw_rates():
 # abs(checkpoints_of("too-fast")["cola"]).max() < 0.01 --> Under `documented-small`, at half the rate and after a
 # longer warm-up, the spread stays below 4.8<!-- = checkpoints_of("documented-small")["spread"].max() -->, and all
 # layers grow; under `annotated` it stays below two. Which of the differences did it was not taken apart: in the short
-# runs [below](#what-lets-a-small-model-learn) AdamW at 2e-3 kept the spread below two, and at 8e-3 let it grow beyond
-# 100,000.<!-- if (lambda at: max(at(2e-3)) < 2 and min(at(8e-3)) > 1e5)(lambda rate: [run["spread"] for run in
-# screened() if run["way"]["optimizer"] == "adamw" and run["way"]["adam_rate"] == rate]) --> If you pretrain without a
-# last normalization, watch this number; `inspect --run` prints it.
+# runs [below](#what-lets-a-small-model-learn) AdamW at 2e-3 kept the spread below two,<!-- if max(run["spread"] for
+# run in screened() if run["way"]["optimizer"] == "adamw" and run["way"]["adam_rate"] == 2e-3) < 2 --> and at 8e-3 let
+# it grow beyond 100,000.<!-- if min(run["spread"] for run in screened() if run["way"]["optimizer"] == "adamw" and
+# run["way"]["adam_rate"] == 8e-3) > 1e5 --> If you pretrain without a last normalization, watch this number;
+# `inspect --run` prints it.
 
 
 # %% [markdown]
@@ -7764,10 +7765,10 @@ def draw_rates():
 # <details><summary>How we know</summary>
 #
 # In the first run every step size grew,<!-- if (checkpoints_of("documented-small")["step_sizes"][-1] >
-# checkpoints_of("documented-small")["step_sizes"][0]).all() --> one of them 4.2<!-- = (lambda steps: steps[-1] /
-# steps[0])(checkpoints_of("documented-small")["step_sizes"]).max() --> times. That looks like learning, but most can
-# be decay, which draws `log_step` towards 0, a step size of one. Over all steps, with the rates $\eta_t$ of the
-# schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here
+# checkpoints_of("documented-small")["step_sizes"][0]).all() --> one of them 4.2<!-- =
+# np.divide(*checkpoints_of("documented-small")["step_sizes"][[-1, 0]]).max() --> times. That looks like learning, but
+# most can be decay, which draws `log_step` towards 0, a step size of one. Over all steps, with the rates $\eta_t$ of
+# the schedule and a decay $\lambda$, what no gradient holds is multiplied by $e^{-\lambda \sum_t \eta_t}$, here
 # 0.65<!-- = np.exp(-0.05 * 1e-3 * 16_000 * (0.05 / 2 + 0.95 * 0.55)) -->. That alone would carry the smallest step
 # size from 0.014<!-- = checkpoints_of("documented-small")["step_sizes"][0].min() --> to 0.063<!-- =
 # checkpoints_of("documented-small")["step_sizes"][0].min() ** 0.645 -->; it arrived at 0.057<!-- =
