@@ -189,6 +189,18 @@ def test_grammar_that_is_told_was_measured(card, readme):
         assert f"| {term.replace('_', ' ')} | {value:.1f} |" in card
 
 
+@pytest.mark.parametrize("budget", [0, 1])
+def test_sizes_were_given_about_the_same_time(budget):
+    """Seconds by the speed of a core that has nothing else to do."""
+    spent = {}
+    for size, seconds in bigs.measured("sizes-speed")["seconds"].items():
+        run = bigs.sized(size)[budget]
+        spent[size] = run["tokens"] / run["batch"] / 128 * np.median(seconds)
+    assert len(spent) == 3
+    assert spent["tiny"] == min(spent.values())
+    assert max(spent.values()) < 1.15 * spent["tiny"]
+
+
 def test_speeds_that_are_told_were_measured(readme):
     rows = json.loads((bigs.DATA / "tpu-v3.json").read_text())["rows"]
     ratios = {row["route"]: row["ratio"] for row in rows if row["length"] == 4096}

@@ -77,6 +77,8 @@ MISTAKES = {
         *("benchmark", "--tpu", "v99"),
     ),
     "kinds: 'sprint' does not exist": ("benchmark", "--kinds", "sprint"),
+    "recipes: 'quick' does not exist": ("benchmark", "--recipes", "quick"),
+    "sizes: 'huge' does not exist": ("benchmark", "--sizes", "huge"),
     "must be at least 1": ("benchmark", "--lengths", "0"),
 }
 

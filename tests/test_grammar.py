@@ -85,6 +85,14 @@ def test_the_command(model, tokenizer, tmp_path, capsys):
     commands.main([*arguments, "--every", "2", "--json", str(result)])
     assert "all 2 pairs" in capsys.readouterr().out
     assert json.loads(result.read_text())["pairs"] == 2
+    pairs.write_text(line("to be", "be be") + line("be", "be", "two"))
+    for name in ("first", "second"):
+        commands.main(
+            [*arguments, "--paradigms", "two", "--json", str(result), "--name", name]
+        )
+    kept = json.loads(result.read_text())
+    assert kept["first"] == kept["second"]
+    assert kept["first"]["paradigms"] == {"two": 0.0}
     pairs.write_text(line("to be " * 9, "be"))
     with pytest.raises(SystemExit, match="2"):
         commands.main(arguments)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import annotated_bigs as bigs
-from workshop import benchmark
+from workshop import benchmark, commands
 
 ROOT = Path(__file__).parents[1]
 SMALL = bigs.Config(
@@ -206,6 +206,18 @@ def test_the_command_writes_what_it_measured(tmp_path):
     )
     assert "32 tokens" in result.stdout
     assert len(found["rows"]) == len(bigs.ROUTES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "option", [("--sizes", "tiny"), ("--size", "tiny", "--recipes", "annotated")]
+)
+def test_steps_of_sizes_and_of_recipes_are_timed(tmp_path, option):
+    file = tmp_path / "found.json"
+    commands.main(["benchmark", *option, "--repeats", "2", "--json", str(file)])
+    (seconds,) = json.loads(file.read_text())["seconds"].values()
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 @pytest.mark.slow

@@ -418,12 +418,12 @@ def kept_memory_speed(size: str, batch: int, repeats: int) -> dict[str, list[flo
     return in_turns(programs, repeats)
 
 
-def recipe_speeds(
-    size: str, recipes: tuple[str, ...], repeats: int
+def step_speeds(
+    cases: dict[str, tuple[str, bigs.Recipe]], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step of some recipes."""
+    """Seconds of a step of a size by a recipe."""
     programs = {
-        name: functools.partial(median_step, size, bigs.RECIPES[name])
-        for name in recipes
+        name: functools.partial(median_step, size, recipe)
+        for name, (size, recipe) in cases.items()
     }
     return in_turns(programs, repeats)

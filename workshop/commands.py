@@ -636,7 +636,9 @@ def command_grammar(
     pairs: Path,
     model: str = str(bigs.BOXED),
     every: int = 1,
+    paradigms: tuple[str, ...] = (),
     json: Path | None = None,
+    name: str | None = None,
 ) -> None:
     """Count minimal pairs of sentences, as BLiMP has them, of which the model finds the
     grammatical one likelier.
@@ -646,15 +648,20 @@ def command_grammar(
         model: folder or hub name of a model with a head for masked words; default: the
             model in data/bigs-boxed.
         every: take each so many-th pair, for a quick look.
+        paradigms: only these, by BLiMP's names (its field UID); default: all.
         json: also write the accuracies to this file.
+        name: what to call the model there, beside others; default: the file is about
+            one model.
     """
     check_positive(every=every)
+    chosen = grammar.of_paradigms(grammar.read_pairs(pairs), paradigms)
     network = masked_model(model)
     tokenizer = bigs.load_tokenizer(model)
-    found = grammar.accuracy(network, tokenizer, grammar.read_pairs(pairs)[::every])
+    found = {"model": model}
+    found |= grammar.accuracy(network, tokenizer, chosen[::every])
     grammar.print_accuracy(found)
     if json is not None:
-        bigs.keep_results(json, model=model, **found)
+        bigs.keep_results(json, **({name: found} if name else found))
 
 
 @dataclass(frozen=True)
@@ -868,6 +875,7 @@ def command_benchmark(
     tpu: str | None = None,
     published: bool = False,
     recipes: tuple[str, ...] = (),
+    sizes: tuple[str, ...] = (),
 ) -> None:
     """Time no routing, FFT, Toeplitz, blocks and attention on this device, or estimate
     them for a TPU.
@@ -885,9 +893,13 @@ def command_benchmark(
         published: time a pretraining step the published way and ours instead, and what
             each change gains.
         recipes: time a pretraining step of each of these instead, in turns.
+        sizes: time a pretraining step of each of these by the recipe annotated
+            instead, in turns.
     """
     for name in recipes:
         bigs.choose(bigs.RECIPES, "recipes", name)
+    for name in sizes:
+        bigs.choose(bigs.SIZES, "sizes", name)
     config = bigs.choose(bigs.SIZES, "size", size)
     lengths = lengths or tuple(2**k for k in range(7, 14))
     for kind in kinds:
@@ -897,9 +909,15 @@ def command_benchmark(
     if published:
         results = published_and_ours(size, tokens, repeats)
     elif recipes:
-        seconds = benchmark.recipe_speeds(size, recipes, repeats)
+        cases = {name: (size, bigs.RECIPES[name]) for name in recipes}
+        seconds = benchmark.step_speeds(cases, repeats)
         results = {"size": size, "seconds": seconds}
         print_seconds("recipe", seconds)
+    elif sizes:
+        cases = {name: (name, bigs.annotated) for name in sizes}
+        seconds = benchmark.step_speeds(cases, repeats)
+        results = {"seconds": seconds}
+        print_seconds("size", seconds)
     elif tpu is not None:
         results = on_tpu(tpu, lengths)
     else:

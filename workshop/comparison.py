@@ -189,11 +189,8 @@ def one_run(
     loss = bigs.fast_loss_of(recipe)
     run = running.pretrain(config, recipe, data, folder, resume=True, loss=loss)
     each = recipe.batch * recipe.length
-    curve = [
-        [record["step"] * each, round(record["heldout"], 4)]
-        for record in run.history
-        if "heldout" in record
-    ]
+    losses = bigs.heldout_losses(run.history)
+    curve = [[step * each, round(loss, 4)] for step, loss in losses.items()]
     new = {
         name: task_score(name, splits, run.model, data.tokenizer, recipe.seed)
         for name, splits in tasks.items()

@@ -44,6 +44,23 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     return pairs
 
 
+def of_paradigms(
+    pairs: list[dict[str, Any]], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The pairs of some paradigms; without names, all.
+
+    >>> of_paradigms([{"UID": "near"}, {"UID": "far"}], ("far",))
+    [{'UID': 'far'}]
+    >>> of_paradigms([{"UID": "near"}], ("afar",))
+    Traceback (most recent call last):
+    annotated_bigs.UserError: paradigms: 'afar' does not exist; choose one of near
+    """
+    known = dict.fromkeys(pair["UID"] for pair in pairs)
+    for name in names:
+        bigs.choose(known, "paradigms", name)
+    return [pair for pair in pairs if not names or pair["UID"] in names]
+
+
 class MaskedCopy(NamedTuple):
     """A sentence with one of its pieces masked."""
 
