@@ -7667,8 +7667,8 @@ def show_sizes():
 # %% [markdown]
 # The smallest gets furthest. But `boxed` is 0.72<!-- = sized("boxed")[0]["heldout"] - sized("tiny")[0]["heldout"] -->
 # nats behind after a quarter of an hour and 0.22<!-- = sized("boxed")[1]["heldout"] - sized("tiny")[1]["heldout"] -->
-# after an hour: it catches up, and when it would be ahead was not measured. (`tiny` had twice the learning rate of
-# the others, the best for it.)
+# after an hour: it catches up, and when it would be ahead was not measured. (`tiny` had twice the others' learning
+# rate, its best.)
 #
 # What does it know of grammar? BLiMP (Warstadt and others, 2020) asks with pairs of sentences that differ in one point,
 # of which one is wrong. A sentence scores the sum of the log-likelihoods of its pieces, each masked alone
@@ -7689,9 +7689,9 @@ def show_grammar():
 # of reflexives. It does not know where *any* and *ever* may stand (*npi licensing*), or what may be moved out of a
 # clause (*island effects*).
 #
-# Agreement fails where another noun comes between. This is the per cent of pairs in which the right form of the verb
-# is preferred: next to its subject; after *the sketches of the lake*, with a noun of the other number between; and
-# behind a relative clause that ends in such a noun (`data/agreement.json`):
+# Agreement fails where another noun comes between. The right form of the verb is preferred in this per cent of pairs:
+# next to its subject; after *the sketches of the lake*, with a noun of the other number between; and behind a
+# relative clause that ends in such a noun (`data/agreement.json`):
 
 
 # %% tags=["appendix"]
@@ -7724,10 +7724,10 @@ def show_agreement():
 
 # %% [markdown]
 # Less than chance means that the nearer noun decides. After an hour it does, in all sizes. The model in the box, of
-# that size and with 37<!-- = boxed_training()["recipe"]["steps"] * 128 * 128 / sized("boxed")[1]["tokens"] --> times
-# as many tokens read, gets more than half of the pairs right where a noun comes between; behind a clause it still
-# does not. So reading helps; whether more of it would teach the rest was not measured. The paper's large model gets
-# 88 % and more right across phrases and relative clauses (its Table 4).
+# size `boxed` and with 37<!-- = boxed_training()["recipe"]["steps"] * 128 * 128 / sized("boxed")[1]["tokens"] -->
+# times as many tokens read, gets more than half of the pairs right where a noun comes between; behind a clause it
+# still does not. So reading helps, unless its larger batches and rates did it; whether more would teach the rest was
+# not measured. The paper's large model gets 88 % and more right across phrases and relative clauses (its Table 4).
 #
 # **Its forerunner.** Before it the box held a model of six layers, trained by the recipe `documented-small`. Its log
 # and its kernels are kept (`data/documented-small.json`, `data/documented-small.npz`). A first try, stopped half-way
