@@ -7571,10 +7571,9 @@ def draw_finetuned():
 #
 # `finetune` runs the tasks of GLUE over seeds, from the hub or from the official files.
 #
-# What a run finds stands in a file, and a command that was killed goes on. For each task the best model of the first
-# variant is kept, and its answers to the test sets, in files that the GLUE server takes. A grid is searched with one
-# seed; what scores best is then run with all. Both choices, of epoch and of setting, are made on the development set
-# and flatter it.
+# A command that was killed goes on. For each task the best model of the first variant is kept, and its answers to the
+# test sets, in files that the GLUE server takes. A grid is searched with one seed; what scores best is then run with
+# all. Both choices, of epoch and of setting, are made on the development set and flatter it.
 
 # %% [markdown]
 # ### On a TPU or GPU
@@ -7603,9 +7602,9 @@ def show_plan():
 # %% [markdown]
 # ### A model in the box
 #
-# Where does the model in `data/bigs-boxed` come from? From some six minutes on one H200, a GPU of a data centre, in
-# which it read 96 million tokens of Simple English Wikipedia, English Wikipedia and books four and a half times. The
-# texts are not here; its card, `data/bigs-boxed/README.md`, has the command. Its log:
+# Where does the model in `data/bigs-boxed` come from? From some six minutes on one H200 GPU, in which it read 96
+# million tokens of Simple English Wikipedia, English Wikipedia and books four and a half times. The texts are not
+# here; its card, `data/bigs-boxed/README.md`, has the command. Its log:
 
 
 # %% tags=["appendix"]
@@ -7634,10 +7633,9 @@ def show_boxed():
 # batch of 128 and rates half as large again were not tried there, and a table of positions, which this model has, did
 # harm there. One run, one seed.
 #
-# The size is what a file of 12 MB holds, with matrices and embeddings in bfloat16 and all else in float32. Does so
-# large a model repay its time? Three sizes were given about the same, a quarter of an hour and an hour of one CPU
-# core (the larger ones up to a seventh more), by the recipe `annotated` with a table of positions, one run each
-# (`data/sizes.jsonl`):
+# The size is what a file of 12 MB holds, mostly in bfloat16. Does so large a model repay its time? Three sizes were
+# given about the same, a quarter of an hour and an hour on one CPU core (the larger ones up to a seventh more), by
+# the recipe `annotated` with a table of positions, one run each (`data/sizes.jsonl`):
 
 
 # %% tags=["appendix"]
