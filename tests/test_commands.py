@@ -79,6 +79,9 @@ MISTAKES = {
     "kinds: 'sprint' does not exist": ("benchmark", "--kinds", "sprint"),
     "recipes: 'quick' does not exist": ("benchmark", "--recipes", "quick"),
     "sizes: 'huge' does not exist": ("benchmark", "--sizes", "huge"),
+    "published, recipes, sizes, tpu: give one of them": (
+        *("benchmark", "--published", "--sizes", "tiny"),
+    ),
     "must be at least 1": ("benchmark", "--lengths", "0"),
 }
 

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import shutil
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -112,6 +113,23 @@ def test_official_files_are_read_whole(name, capsys):
         assert told == f"{sample}: 9882 rows, the official file has 392702\n"
     else:
         assert told == ""
+
+
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="GLUE's official files are not beside the project"
+)
+def test_wnli_asks_again_with_the_other_answer():
+    splits = glue.task_texts("wnli", REAL)
+    answers = defaultdict(list)
+    for (sentence, _), label in zip(*splits["train"], strict=True):
+        answers[sentence].append(label)
+    known = [
+        np.mean(np.equal(answers[sentence], label))
+        for (sentence, _), label in zip(*splits["dev"], strict=True)
+        if sentence in answers
+    ]
+    assert len(known) > 0.9 * len(splits["dev"].texts)
+    assert np.mean(known) < 0.2
 
 
 def write(folder, name, split, content, suffix=""):

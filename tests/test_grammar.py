@@ -86,13 +86,18 @@ def test_the_command(model, tokenizer, tmp_path, capsys):
     assert "all 2 pairs" in capsys.readouterr().out
     assert json.loads(result.read_text())["pairs"] == 2
     pairs.write_text(line("to be", "be be") + line("be", "be", "two"))
-    for name in ("first", "second"):
-        commands.main(
-            [*arguments, "--paradigms", "two", "--json", str(result), "--name", name]
-        )
+    named = [*arguments, "--paradigms", "two", "--json", str(result), "--name"]
+    for name in ("first", "file"):
+        commands.main([*named, name])
     kept = json.loads(result.read_text())
-    assert kept["first"] == kept["second"]
+    assert kept["first"] == kept["file"]
     assert kept["first"]["paradigms"] == {"two": 0.0}
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        commands.main([*named, "measured"])
+    assert "name: measured is kept for the date; choose another" in (
+        capsys.readouterr().err
+    )
     pairs.write_text(line("to be " * 9, "be"))
     with pytest.raises(SystemExit, match="2"):
         commands.main(arguments)

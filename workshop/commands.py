@@ -654,6 +654,8 @@ def command_grammar(
             one model.
     """
     check_positive(every=every)
+    if name == "measured":
+        raise bigs.UserError("name: measured is kept for the date; choose another")
     chosen = grammar.of_paradigms(grammar.read_pairs(pairs), paradigms)
     network = masked_model(model)
     tokenizer = bigs.load_tokenizer(model)
@@ -896,14 +898,18 @@ def command_benchmark(
         sizes: time a pretraining step of each of these by the recipe annotated
             instead, in turns.
     """
-    for name in recipes:
-        bigs.choose(bigs.RECIPES, "recipes", name)
-    for name in sizes:
-        bigs.choose(bigs.SIZES, "sizes", name)
+    if sum(map(bool, (published, recipes, sizes, tpu))) > 1:
+        raise bigs.UserError("published, recipes, sizes, tpu: give one of them")
+    options = {
+        "recipes": (recipes, bigs.RECIPES),
+        "sizes": (sizes, bigs.SIZES),
+        "kinds": (kinds, dict.fromkeys(benchmark.KINDS)),
+    }
+    for option, (names, known) in options.items():
+        for name in names:
+            bigs.choose(known, option, name)
     config = bigs.choose(bigs.SIZES, "size", size)
     lengths = lengths or tuple(2**k for k in range(7, 14))
-    for kind in kinds:
-        bigs.choose(dict.fromkeys(benchmark.KINDS), "kinds", kind)
     if min(*lengths, tokens, repeats) < 1:
         raise bigs.UserError("lengths, tokens, repeats: must be at least 1")
     if published:

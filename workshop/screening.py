@@ -565,8 +565,14 @@ def runs_again(found: dict[str, dict]) -> list[Run]:
 
 
 def runs_longer(found: dict[str, dict]) -> list[Run]:
-    """What was taken over of that, on twice the text."""
-    return with_seeds(found, LONGER, 2 * TOKENS)
+    """What was taken over of that, and the best of the other optimizers, on twice the
+    text.
+    """
+    return with_seeds(found, LONGER, 2 * TOKENS) + [
+        Run(name, best_way(name, found), seed, 2 * TOKENS)
+        for name in ("adamw", "published")
+        for seed in SEEDS
+    ]
 
 
 PHASES = {
