@@ -6239,10 +6239,9 @@ def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
     task  metric   of dev  chance majority authors  variant         best         last
     cola  matthews      9     0.0      0.0    67.9  ours    60.0 +- 14.1 50.0 +- 14.1
     """
-    print(
-        "task  metric   of dev  chance majority   authors  variant          best"
-        "          last"
-    )
+    row = "{:6}{:9}{:>6}{:>7}{:>9}{:>8}  {:14}{:>13}{:>14}".format
+    head = "task,metric,of dev,chance,majority,authors,variant,best,last"
+    print(row(*head.split(",")))
 
     def spread(values):
         return (
@@ -6251,19 +6250,17 @@ def print_glue(tasks: dict[str, dict[str, Any]]) -> None:
         )
 
     for name, found in tasks.items():
+        size = found["examples"][found["dev"]]
         chance, majority = (
-            f"{100 * found['no skill'][kind]:8.1f}" for kind in ("chance", "majority")
+            f"{100 * found['no skill'][kind]:.1f}" for kind in ("chance", "majority")
         )
+        about = name, found["metric"], size, chance, majority, AUTHORS.get(name, "-")
         for variant, scores in found["variants"].items():
             best, last = (
                 spread(scores[kind][found["dev"]][found["metric"]])
                 for kind in ("best", "last")
             )
-            print(
-                f"{name:6s}{found['metric']:9s}{found['examples'][found['dev']]:6d}"
-                f"{chance}{majority.rjust(9)}{AUTHORS.get(name, '-'):>10}"
-                f"  {variant:7s}{best:>14s}{last:>14s}"
-            )
+            print(row(*about, variant, best, last))
             for first, gain in scores.get("gains", {}).items():
                 points = [f"{100 * value:.1f}" for value in gain["best"]]
                 print(
