@@ -6333,7 +6333,7 @@ def show_glue():
 # development set itself, which raises it, on WNLI by 15<!-- = mean_score("wnli", "pretrained") - mean_score("wnli",
 # "pretrained", "last") --> points. The interval below each task says how much of the difference may be due to the
 # choice of examples: these are resampled with replacement, a thousand times, for both models alike, and the scores
-# are averaged over the seeds. What other seeds would change is not in it. (Differences are taken before rounding.)
+# are averaged over the seeds. What other seeds would change is not in it.
 #
 # </details>
 #
@@ -6343,15 +6343,12 @@ def show_glue():
 #
 # **Pairs.** On MNLI pretraining is worth 6.5<!-- = worth("mnli")[0] --> points (5.6<!-- = worth("mnli")[1] --> to
 # 7.4<!-- = worth("mnli")[2] -->), from 43<!-- = mean_score("mnli", "not pretrained") --> to 50<!-- =
-# mean_score("mnli", "pretrained") --> % right answers; a third is chance. (MNLI can partly be solved from the second
-# sentence alone.) On STS-B it is worth 15<!-- = worth("stsb")[0] --> points (11<!-- = worth("stsb")[1] --> to
-# 18<!-- = worth("stsb")[2] -->), a rank correlation of 0.27<!-- = mean_score("stsb", "pretrained") / 100 --> after
-# 0.12<!-- = mean_score("stsb", "not pretrained") / 100 -->. On RTE and MRPC no gain can be seen;<!-- if
-# all(worth(task)[1] < 0 < worth(task)[2] for task in ("rte", "mrpc")) --> both models are within a point of the
-# majority's answer.<!-- if all(abs(mean_score(task, variant) - 100 * glue()[task]["no skill"]["majority"]) < 1 for
-# task in ("rte", "mrpc") for variant in ("pretrained", "not pretrained")) --> On WNLI it is behind by 15<!-- =
-# -worth("wnli")[0] --> (7<!-- = -worth("wnli")[2] --> to 24<!-- = -worth("wnli")[1] -->): the development set repeats
-# training sentences, mostly with the other answer, so what is remembered misleads.
+# mean_score("mnli", "pretrained") --> % right answers; a third is chance. On STS-B it is worth 15<!-- =
+# worth("stsb")[0] --> points (11<!-- = worth("stsb")[1] --> to 18<!-- = worth("stsb")[2] -->), a rank correlation of
+# 0.27<!-- = mean_score("stsb", "pretrained") / 100 --> after 0.12<!-- = mean_score("stsb", "not pretrained") / 100
+# -->. On RTE and MRPC no gain can be seen.<!-- if all(worth(task)[1] < 0 < worth(task)[2] for task in ("rte",
+# "mrpc")) --> On WNLI it is behind by 15<!-- = -worth("wnli")[0] --> (7<!-- = -worth("wnli")[2] --> to 24<!-- =
+# -worth("wnli")[1] -->): the development set repeats training sentences, mostly with the other answer.
 #
 # The authors' model has 63<!-- = parameters(large) / parameters(boxed) --> times the parameters of ours and read over
 # two hundred times as much text.
@@ -6365,7 +6362,7 @@ def show_glue():
 #
 #    One standard error is 2.4<!-- = 100 * np.sqrt(0.8 * 0.2 / GLUE["rte"].rows["dev"]) --> points. For two independent
 #    scores, two standard errors of the difference are 6.8<!-- = 200 * np.sqrt(2 * 0.8 * 0.2 / GLUE["rte"].rows["dev"])
-#    --> points. So this cannot be told. (Both answer the same questions, so a paired test would see somewhat more.)
+#    --> points. So this cannot be told.
 #
 #    </details>
 #
@@ -6842,9 +6839,7 @@ def show_lengths():
 # The lead of *no product* does not last: its loss is 0.16<!-- = -above_gated(5, "no product") -->, 0.10<!-- =
 # -above_gated(10, "no product") --> and 0.01<!-- = -above_gated(20, "no product") --> nats below the gated one after
 # 5, 10 and 20 million tokens, and 0.03<!-- = above_gated(40, "no product") --> above it after 40 million. A second
-# seed agrees: 0.10<!-- = -above_gated(10, "no product", 1) --> and 0.03<!-- = -above_gated(20, "no product", 1) -->
-# below after 10 and 20 million, 0.01<!-- = above_gated(40, "no product", 1) --> above after 40. (Over five seeds
-# after 10 million the standard deviation of this distance is 0.02<!-- = loss_above("no
+# seed agrees. (Over five seeds after 10 million the standard deviation of this distance is 0.02<!-- = loss_above("no
 # product").differences.std(ddof=1) -->.) It learns faster at first, and the gated layer catches up;<!-- if
 # all(above_gated(20, "no product", seed) < 0 < above_gated(40, "no product", seed) for seed in (0, 1)) --> whether
 # that one then gets ahead, two seeds do not tell. The stacked SSM, which has no products either, goes the same way:

@@ -159,17 +159,11 @@ def test_what_short_kernels_cost_was_measured(readme):
     assert told in " ".join(readme.split())
 
 
-def mean_score(found, variant):
-    """In percent, of the best models of all seeds."""
-    best = found["variants"][variant]["best"][found["dev"]]
-    return 100 * np.mean(best[found["metric"]])
-
-
 def test_scores_that_are_told_were_measured(card, readme):
     means = {}
     for task, found in bigs.glue().items():
-        with_it = mean_score(found, "pretrained")
-        without = mean_score(found, "not pretrained")
+        with_it = bigs.mean_score(task, "pretrained")
+        without = bigs.mean_score(task, "not pretrained")
         majority = 100 * found["no skill"]["majority"]
         assert f"| {with_it:.1f} | {without:.1f} | {majority:.1f} |" in card, task
         means[task] = (with_it, without)
